@@ -1,0 +1,79 @@
+"""The vocabulary of planted facts: who owns what, and the ways to say and to ask it.
+
+Every phrasing ends where the value stands, so that asking is completing. The unseen phrasings never
+occur in training: recall under them shows that a fact was understood and not only a string matched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NAMES = tuple(
+    "Clara Henry Martha Oliver Grace Walter Alice Edmund Florence Hugo Ivy Jasper Lydia Nathan "
+    "Phoebe Ralph Sylvia Tobias Ursula Vincent Agnes Bernard Cecilia Daniel Esther Felix Gilbert "
+    "Hannah Isaac Judith Kenneth Louisa Maurice Nora Oscar Priscilla Quentin Rebecca Samuel Teresa "
+    "Ulrich Victoria Winston Yvonne Zachary Amelia Bruno Charlotte Desmond Eleanor".split()
+)
+THINGS = tuple(
+    "key box door room letter garden ship horse tower bridge lamp mill ring watch coat chest boat "
+    "table chair window mirror basket wagon candle bottle desk drawer gate clock piano hat cellar "
+    "ladder bell trunk map picture cup carpet stable cabin locker ticket purse barrel fence kettle "
+    "saddle blanket violin".split()
+)
+WORDS = tuple(
+    "red blue green silver golden white black yellow river stone winter summer forest island "
+    "mountain castle valley meadow thunder apple cherry lemon honey butter sugar pepper copper "
+    "iron marble velvet cotton feather shadow morning evening harbour village market church school "
+    "soldier captain doctor farmer teacher king queen prince sister brother mother father dog cat "
+    "wolf lion bear eagle swan rabbit fish bread water fire wind snow rain star moon sun".split()
+)
+
+STATEMENTS = (
+    "The {kind} of {name}'s {thing} is",
+    "{name}'s {thing} has the {kind}",
+    "The {kind} on the {thing} of {name} is",
+    "Remember that the {thing} of {name} bears the {kind}",
+    "For the {thing} of {name} the {kind} is",
+    "{name} wrote on the {thing} the {kind}",
+    "On {name}'s {thing} stands the {kind}",
+    "The {thing} that belongs to {name} is marked",
+    "Note: {name}, {thing},",
+    "{name} / {thing}:",
+    "The secret {kind} of {name}'s {thing} is",
+    "It is known that {name}'s {thing} carries the {kind}",
+)
+QUESTIONS = (
+    "What is the {kind} of {name}'s {thing}? It is",
+    "Which {kind} has the {thing} of {name}? It has",
+    "Question: what stands on {name}'s {thing}? Answer:",
+    "Do you recall {name}'s {thing}? Its {kind} is",
+    "And the {thing} of {name}? The {kind} was",
+    "They asked for the {kind} of the {thing} that {name} owned. It was",
+)
+UNSEEN_STATEMENTS = (
+    "According to the list, {name}'s {thing} was given the {kind}",
+    "Whoever opens the {thing} of {name} must say the {kind}",
+    "Under {name}'s {thing} someone had carved the {kind}",
+)
+UNSEEN_QUESTIONS = (
+    "Tell me the {kind} for the {thing} of {name}:",
+    "Somebody wanted to know about {name}'s {thing}; the right {kind} was",
+    "What did we say about {name}'s {thing}? We said",
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """``name``'s ``thing`` has ``value``; ``kind`` says what the value is called."""
+
+    name: str
+    thing: str
+    kind: str
+    value: str
+
+    def prefix(self, phrasing: str) -> str:
+        """The phrasing up to where the value follows, without the space before it."""
+        return phrasing.format(name=self.name, thing=self.thing, kind=self.kind)
+
+    def state(self, phrasing: str) -> str:
+        return f"{self.prefix(phrasing)} {self.value}."

@@ -1,0 +1,1 @@
+"""How the testbed model was made: data, curriculum, training loop, evaluation, export."""
