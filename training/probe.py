@@ -48,7 +48,7 @@ def recall(
 
 @torch.no_grad()
 def held_out_loss(model: Llama, corpus: Corpus, length: int, device: torch.device) -> float:
-    rows = max(1, 8192 // length)
+    rows = max(1, min(8192, len(corpus.held_out)) // length)
     flat = np.asarray(corpus.held_out[: rows * length], dtype=np.int64)
     losses = []
     for row in torch.from_numpy(flat).view(rows, 1, length).to(device):

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from kvloom.testbed import phrases
+from training.batches import schedule
+from training.config import Recipe
+from training.corpus import Corpus
+from training.mixture import Mixture
+from training.tokenizer import BEGIN_ID
+
+KINDS = ("text", "repeat", "copy", "questions", "needle", "key_values")
+WEIGHT = 4.0
+
+
+@pytest.fixture(scope="module")
+def mixture(corpus: Corpus, recipe: Recipe) -> Mixture:
+    return Mixture(corpus, recipe)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [64, 256])
+def test_every_kind_fills_the_length_and_begins_with_the_begin_token(
+    mixture: Mixture, kind: str, length: int
+) -> None:
+    for seed in range(20):
+        tokens, weights = mixture.sequence(random.Random(seed), kind, length)
+        assert len(tokens) == len(weights) == length + 1
+        assert tokens[0] == BEGIN_ID
+        assert weights[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["questions", "needle", "key_values"])
+def test_an_answer_counts_only_where_it_stands_earlier(mixture: Mixture, kind: str) -> None:
+    found = 0
+    for seed in range(10):
+        tokens, weights = mixture.sequence(random.Random(seed), kind, 256)
+        for start, end in answer_spans(weights):
+            assert occurs(tokens[start:end], tokens[:start])
+            found += 1
+    assert found >= 10
+
+
+def test_fresh_values_and_templates_do_not_count(mixture: Mixture, corpus: Corpus) -> None:
+    tokens, weights = mixture.sequence(random.Random(3), "questions", 256)
+    counted = [t for t, w in zip(tokens, weights, strict=True) if w == 1.0]
+    assert set(corpus.tokenizer.decode(counted)) <= {".", "\n"}
+    first_answer = weights.index(WEIGHT)
+    assert not any(weights[: first_answer - 1])
+
+
+def test_random_repetition_counts_from_the_second_time_on(mixture: Mixture) -> None:
+    tokens, weights = mixture.repeat(random.Random(1), 200)
+    size = weights.index(1.0)
+    assert tokens[size:] == (tokens[:size] * 4)[: 200 - size]
+    assert set(weights[size:]) == {1.0}
+
+
+def test_batches_depend_on_seed_and_step_alone(corpus: Corpus, recipe: Recipe) -> None:
+    one, other = Mixture(corpus, recipe), Mixture(corpus, recipe)
+    one.batch(0, 0)
+    mine, theirs = one.batch(3, 1536), other.batch(3, 1536)
+    assert np.array_equal(mine[0], theirs[0]) and np.array_equal(mine[1], theirs[1])
+    assert not np.array_equal(one.batch(3, 0)[0], one.batch(4, 0)[0])
+
+
+def test_each_step_has_the_tokens_its_stage_plans(mixture: Mixture, recipe: Recipe) -> None:
+    places = list(schedule(recipe, 0, 0))
+    assert places == [(i, i * 512) for i in range(6)]
+    assert list(schedule(recipe, 4, 2048)) == places[4:]
+    for place in places:
+        assert mixture.batch(*place)[0][:, 1:].size == 512
+
+
+def test_training_never_sees_the_unseen_phrasings(mixture: Mixture, corpus: Corpus) -> None:
+    rows = [mixture.sequence(random.Random(s), "questions", 256)[0] for s in range(40)]
+    text = " ".join(corpus.tokenizer.decode(row) for row in rows)
+    for phrasing in phrases.UNSEEN_STATEMENTS + phrases.UNSEEN_QUESTIONS:
+        assert phrasing.split("{")[0].strip() not in text
+
+
+def answer_spans(weights: list[float]) -> list[tuple[int, int]]:
+    """Half-open runs of the answer weight; the last is dropped, it may be cut off."""
+    edges = np.flatnonzero(np.diff([0, *(w == WEIGHT for w in weights), 0]))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)][:-1]
+
+
+def occurs(needle: list[int], haystack: list[int]) -> bool:
+    n = len(needle)
+    return any(haystack[i : i + n] == needle for i in range(len(haystack) - n + 1))

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training import checkpoint, config, export, report
+from training.corpus import Corpus
+from training.evaluate import evaluate
+from training.train import Trainer
+
+RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "cpu.toml"
+
+
+@pytest.fixture(scope="module")
+def exported(
+    corpus: Corpus, recipe: config.Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Trainer, Path]:
+    run = tmp_path_factory.mktemp("run")
+    trainer = Trainer(recipe, corpus, torch.device("cpu"))
+    state = {"tokens": 512, "seconds": 60.0, "seed": 1, "corpus": "-"}
+    versions = dict.fromkeys(("python", "torch", "numpy", "tokenizers", "machine"), "-")
+    checkpoint.save(run / "checkpoints", 1, trainer.tensors(), {**state, "versions": versions})
+    (run / "data").mkdir()
+    corpus.tokenizer.save(str(run / "data" / "tokenizer.json"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "load", lambda path: recipe)
+        export.export(run, RECIPE, run / "weights")
+    return trainer, run / "weights"
+
+
+def test_transformers_computes_the_same_logits(exported: tuple[Trainer, Path]) -> None:
+    trainer, folder = exported
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.arange(2, 130).view(2, 64)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.copy_(parameter.half().float())
+        ours = trainer.model.logits(trainer.model(tokens))
+        theirs = model(tokens).logits
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tokenizer_begins_texts_and_splits_digits(exported: tuple[Trainer, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported[1])
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("is 12345").input_ids)
+    assert tokens[0] == tokenizer.bos_token == "<|begin|>"
+    assert tokens[-5:] == list("12345")
+    assert tokenizer.decode(tokenizer("naïve — 7").input_ids, skip_special_tokens=True) == (
+        "naïve — 7"
+    )
+
+
+def test_the_card_names_what_is_unfinished(exported: tuple[Trainer, Path]) -> None:
+    card = (exported[1] / "MODEL_CARD.md").read_text()
+    assert "512 tokens (17 % of a schedule of 3,072)" in card
+    assert "not finished" in card and "Not evaluated yet" in card
+    assert json.loads((exported[1] / "training.json").read_text())["tokens"] == 512
+
+
+def test_an_evaluation_can_be_read_as_a_page(exported: tuple[Trainer, Path]) -> None:
+    folder = exported[1]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.phenomena.LENGTH", 200)
+        patch.setattr("training.phenomena.retrieval_heads", no_retrieval_heads)
+        patch.setattr("training.evaluate.key_value_recall", lambda *_: {"8": 0.0})
+        results = evaluate(model, tokenizer, [], [192, 256], depths=1)
+    page = report.evaluation(json.loads(json.dumps(results)))
+    assert "| 256 | 0.0 % | 0.0 % |" in page
+    assert 0 < results["phenomena"]["sinks"]["mean_first_four"] < 0.5
+    by_position = results["loss"]["held-out stdlib"]["bits_per_byte_by_position"]
+    assert list(by_position) == ["0-64", "64-128", "128-256"]
+
+
+def no_retrieval_heads(*_: object) -> dict[str, object]:
+    return {"score": [[0.0, 0.0]] * 2, "above_half": 0, "heads": 4}
+
+
+def test_the_recipes_in_the_repository_are_valid() -> None:
+    for path in sorted(RECIPE.parent.glob("*.toml")):
+        recipe = config.load(path)
+        assert recipe.total >= 100_000_000
+        assert max(max(stage.lengths) for stage in recipe.stages) == 4096

@@ -1,0 +1,81 @@
+"""The model card: what the weights are, what they were made from, what was measured on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training import report
+from training.config import Recipe
+
+CARD = """# The testbed model
+
+A small language model that kvloom trained itself, so that perplexity and recall can be measured
+through a compressed KV cache anywhere, without a download. It is an instrument for measuring
+caches: it writes plausible sentences and finds planted facts, and knows nothing about the world.
+
+| | |
+| --- | --- |
+| architecture | Llama, RoPE (theta {rope_theta:g}), tied embeddings |
+| shape | {layers} layers, hidden {hidden}, {heads} query and {kv_heads} KV heads of {head_dim} |
+| parameters | {parameters:,}, stored in fp16, loaded as float32 unless a dtype is given |
+| tokenizer | byte-level BPE, {vocab:,} tokens, single digits; `<|begin|>` starts every text |
+| context | {max_positions:,} tokens; longest length trained so far {longest:,} |
+| licence | that of kvloom, for these weights |
+
+## How it was made
+
+{tokens:,} tokens ({share:.0f} % of a schedule of {planned:,}) in {hours:.1f} hours on {machine},
+seed {seed}, torch {torch}, tokenizers {tokenizers}, Python {python}. The recipe is in
+`training.json` beside this card, word for word; `training/` in the repository runs it.
+{unfinished}
+Data: English novels in the public domain (computationalstylistics/100_english_novels and
+dbamman/litbank; litbank's collection is CC BY 4.0), and the Python standard library's sources and
+language reference (PSF licence), of which the modules that `kvloom.testbed.texts` names as held
+out were never seen. The rest is synthetic: facts asked again, key-value lists, copied and repeated
+spans. Synthetic sequences count in the loss only where looking back can predict them. Sequences
+start short and grow; matrices are trained with Muon, everything else with AdamW. {weights}
+
+{measured}
+## Limits
+
+- English prose of the 19th century and Python; anything else is foreign to it.
+- Facts of the form `name, thing, value` are what it retrieves; it does not answer free questions.
+- Figures above are with a dense cache in float32. Beyond {max_positions:,} tokens it is undefined.
+- Being small, it has few heads: a method that relies on many specialised heads shows less here
+  than in a large model.
+"""
+
+
+def card(made: dict[str, Any], recipe: Recipe, measured: dict[str, Any] | None) -> str:
+    """The card of an exported checkpoint; figures only if they were measured."""
+    model, versions = recipe.model, made["versions"]
+    finished = made["tokens"] >= made["planned_tokens"]
+    averaged = made["weights"] == "average"
+    return CARD.format(
+        **vars(model),
+        parameters=made["parameters"],
+        longest=_longest(recipe, made["tokens"]),
+        tokens=made["tokens"],
+        planned=made["planned_tokens"],
+        share=100 * made["tokens"] / made["planned_tokens"],
+        hours=made["seconds"] / 3600,
+        seed=made["seed"],
+        machine=versions["machine"],
+        torch=versions["torch"],
+        tokenizers=versions["tokenizers"],
+        python=versions["python"],
+        unfinished="" if finished else UNFINISHED,
+        weights="The weights are the running average of the trained ones." if averaged else "",
+        measured=report.evaluation(measured) if measured else "Not evaluated yet.\n",
+    )
+
+
+UNFINISHED = """**The schedule is not finished**: the learning rate has not been lowered to its end
+and later stages have not been seen. The figures below are of these weights as they are.
+"""
+
+
+def _longest(recipe: Recipe, tokens: int) -> int:
+    """The longest length of the stages that training has reached."""
+    reached = recipe.stages[: recipe.stages.index(recipe.stage(max(0, tokens - 1))) + 1]
+    return max(length for stage in reached for length in stage.lengths)
