@@ -1,0 +1,1 @@
+"""The core nouns: entries, tiers, pages, policies, schedule, budget, recipe. torch only."""

@@ -1,0 +1,192 @@
+"""Attention over the tiers of a layer: each attends by itself, then all combine exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvloom.core.block import Block, uniform
+from kvloom.core.format import PAGE
+from kvloom.kernels import ops
+
+if TYPE_CHECKING:
+    from kvloom.core.pages import Segment, Slab
+    from kvloom.core.store import LayerStore
+
+Partial = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Call:
+    """One forward's attention in a layer.
+
+    Attributes:
+        query: `[B, H, G, Q, D]`. scale, softcap: of the logits.
+        sink_logits: `[H, G]`, a model's learned sinks, or None.
+        new_mask: bool `[B, 1, Q, Q]` among the new tokens, or None for plain causality.
+        past_mask: bool `[B, 1, Q, past]` given by the user, or None.
+        voters: bool `[B, Q]`, False for padded queries, or None.
+    """
+
+    query: Tensor
+    scale: float
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    new_mask: Tensor | None = None
+    past_mask: Tensor | None = None
+    voters: Tensor | None = None
+
+
+@dataclass
+class Tier:
+    """A run of entries that one kernel call reads; views, decoded on the spot."""
+
+    rows: slice
+    heads: slice
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+
+
+ALL = slice(None)
+
+
+def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Tensor]:
+    """`(out [B, H, G, Q, E], lse [B, H, G, Q])` over everything the layer holds and `new`.
+
+    `new` are the tokens of this forward as a causal chunk, or None if they are in the tail.
+    """
+    parts: list[Partial] = []
+    pinned = _pinned(store)
+    if pinned is not None:
+        query = store.sink_query(call.query) if store.plan.in_cache else call.query
+        parts.append(_partial(pinned, call, query))
+    for slab in store.pool.slabs if store.pool else ():
+        parts.append(_slab_partial(store, slab, call))
+    parts += [_partial(tier, call, call.query) for tier in _exact_tiers(store, call, new)]
+    if len(parts) == 1 and call.sink_logits is None:
+        return parts[0]
+    return ops.combine(parts, call.sink_logits)
+
+
+def _partial(tier: Tier, call: Call, query: Tensor) -> Partial:
+    if tier.causal:
+        return ops.causal_attention(
+            query, tier.keys, tier.values, scale=call.scale, softcap=call.softcap, mask=tier.mask
+        )
+    return ops.partial_attention(
+        query, tier.keys, tier.values,
+        scale=call.scale, softcap=call.softcap, bias=tier.bias, mask=tier.mask,
+    )  # fmt: skip
+
+
+def _slab_partial(store: LayerStore, slab: Slab, call: Call) -> Partial:
+    segments = slab.segments()
+    if len(segments) == 1 and segments[0].covers(*call.query.shape[:2]):
+        return _partial(_slab_tier(store, slab, segments[0], call), call, call.query)
+    lse = call.query.new_full(call.query.shape[:-1], float("-inf"), dtype=torch.float32)
+    out = call.query.new_zeros((*lse.shape, store.plan.value_dim), dtype=torch.float32)
+    for segment in segments:
+        tier = _slab_tier(store, slab, segment, call)
+        where = (tier.rows, tier.heads)
+        part_out, part_lse = _partial(tier, call, call.query[where])
+        out[where], lse[where] = part_out.float(), part_lse
+    return out, lse
+
+
+def _slab_tier(store: LayerStore, slab: Slab, segment: Segment, call: Call) -> Tier:
+    assert store.pool is not None
+    where, n = (segment.rows, segment.heads), segment.pages * PAGE
+    keys, values = store.pool.decode(segment, slab)
+    if store.plan.format.pre_rope:
+        keys = store.rotate(keys, slab.positions()[where][:, :, :n])
+    bias = None
+    if slab.alive is not None:
+        alive = slab.alive[where][:, :, :n]
+        bias = torch.zeros_like(alive, dtype=torch.float32).masked_fill(~alive, float("-inf"))
+    if "mass" in slab.meta:
+        mass = slab.meta["mass"][where][:, :, :n]
+        bias = mass if bias is None else bias + mass
+    mask = None
+    if call.past_mask is not None:
+        start = store.pool.offset(slab)
+        mask = call.past_mask[segment.rows, :, :, start : start + n]
+    return Tier(segment.rows, segment.heads, keys, values, bias, mask)
+
+
+def _pinned(store: LayerStore) -> Tier | None:
+    return None if store.sinks is None else _block_tier(store.sinks)
+
+
+def _block_tier(block: Block, causal: bool = False) -> Tier | None:
+    """The used part of a block; slots past a ragged end are masked by the bias."""
+    n = block.longest
+    if n == 0:
+        return None
+    bias = None
+    if uniform(block.count) is None:
+        bias = torch.zeros(*block.count.shape, n, device=block.keys.device)
+        bias = bias.masked_fill(~block.valid(n), float("-inf"))
+    if "mass" in block.meta:
+        mass = block.meta["mass"][:, :, :n]
+        bias = mass if bias is None else bias + mass
+    return Tier(ALL, ALL, block.keys[:, :, :n], block.values[:, :, :n], bias, causal=causal)
+
+
+def _exact_tiers(store: LayerStore, call: Call, new: Block | None) -> Iterator[Tier]:
+    if store.centroids is not None:
+        tier = _block_tier(store.centroids)
+        if tier is not None:
+            positions = store.centroids.meta["positions"][:, :, : tier.keys.shape[2]]
+            tier.keys = store.rotate(tier.keys, positions)
+            tier.values = tier.values.to(tier.keys.dtype)
+            yield tier
+    tail = _block_tier(store.tail)
+    if tail is not None:
+        if call.past_mask is not None:
+            tail.mask = call.past_mask[..., call.past_mask.shape[-1] - tail.keys.shape[2] :]
+        yield tail
+    if new is not None:
+        causal = _block_tier(new, causal=True)
+        assert causal is not None
+        causal.mask = call.new_mask
+        yield causal
+
+
+def attention_mass(store: LayerStore, call: Call, new: Block | None, lse: Tensor) -> Tensor:
+    """Attention received by each evictable entry, `[B, H, S]`: pages, then tail, then `new`.
+
+    A second light pass over the keys, given the normaliser of the first.
+    """
+    columns = []
+    for slab in store.pool.slabs if store.pool else ():
+        received = call.query.new_zeros((*slab.first.shape, slab.pages * PAGE), dtype=torch.float32)
+        for segment in slab.segments():
+            tier = _slab_tier(store, slab, segment, call)
+            where = (tier.rows, tier.heads)
+            received[where][:, :, : tier.keys.shape[2]] = _mass(tier, call, lse[where])
+        columns.append(received)
+    tail = _block_tier(store.tail)
+    columns += [] if tail is None else [_mass(tail, call, lse)]
+    if new is not None:
+        causal = _block_tier(new)
+        assert causal is not None
+        causal.mask = call.new_mask
+        if causal.mask is None:
+            causal.mask = ops.causal_mask(new.longest, new.keys.device)
+        columns.append(_mass(causal, call, lse))
+    return torch.cat(columns, dim=2)
+
+
+def _mass(tier: Tier, call: Call, lse: Tensor) -> Tensor:
+    return ops.attention_mass(
+        call.query[tier.rows, tier.heads], tier.keys, lse,
+        scale=call.scale, softcap=call.softcap, bias=tier.bias, mask=tier.mask,
+        voters=None if call.voters is None else call.voters[tier.rows],
+    )  # fmt: skip

@@ -1,0 +1,182 @@
+"""A block of exact entries: the sinks, the tail, the tokens of one forward, the centroids.
+
+Entries of one (row, KV head) are left-aligned and in the order of time; `count` says how many are
+real. Counts live on the host, so that deciding what to do next never waits for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+GRANULE = 16  # slots by which a preallocated block grows
+
+
+def uniform(count: Tensor) -> int | None:
+    """The common value of host counts, or None if they differ (or there are none)."""
+    if count.numel() == 0:
+        return 0
+    values = count.flatten().tolist()
+    return int(values[0]) if values.count(values[0]) == len(values) else None
+
+
+def new_like(template: Tensor, slots: int) -> Tensor:
+    """An unset tensor like `template [B, H, S, ...]` with another number of slots."""
+    return template.new_empty(*template.shape[:2], slots, *template.shape[3:])
+
+
+def take_slots(x: Tensor, index: Tensor) -> Tensor:
+    """Gather along the slot axis: `x [B, H, S, ...]`, `index [B, H, N]` -> `[B, H, N, ...]`."""
+    if x.ndim == 3:
+        return x.gather(2, index)
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[3]))
+
+
+@dataclass
+class Block:
+    """Exact entries of all rows and heads.
+
+    Attributes:
+        keys: `[B, H, C, D]`, values: `[B, H, C, E]`; C is the capacity.
+        count: host int64 `[B, H]`, how many of the C slots are in use.
+        meta: per-slot tensors `[B, H, C]`: `positions`, `mass` (log), and scorers' slot state.
+    """
+
+    keys: Tensor
+    values: Tensor
+    count: Tensor
+    meta: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def longest(self) -> int:
+        return int(self.count.max()) if self.count.numel() else 0
+
+    def tensors(self) -> list[Tensor]:
+        return [self.keys, self.values, self.count, *self.meta.values()]
+
+    def valid(self, slots: int | None = None) -> Tensor:
+        """Which of the first `slots` slots are real: bool `[B, H, slots]` on the keys' device."""
+        slots = self.longest if slots is None else slots
+        slot = torch.arange(slots, device=self.keys.device)
+        return slot < self.count.to(self.keys.device)[..., None]
+
+    def each(self, change: Callable[[Tensor], Tensor], count: Tensor) -> Block:
+        """The block with `change` applied to every per-slot tensor."""
+        meta = {name: change(x) for name, x in self.meta.items()}
+        return Block(change(self.keys), change(self.values), count, meta)
+
+    def empty(self, capacity: int = 0) -> Block:
+        """A block like this one with room for `capacity` entries and none in it."""
+        return self.each(lambda x: new_like(x, capacity), torch.zeros_like(self.count))
+
+    def rows(self, index: Tensor) -> Block:
+        """Select rows (beam search, batch selection)."""
+        host = index.to("cpu")
+        return self.each(lambda x: x.index_select(0, index.to(x.device)), self.count[host])
+
+    def to(self, device: torch.device) -> Block:
+        return self.each(lambda x: x.to(device), self.count)
+
+    def span(self, start: Tensor, length: Tensor) -> Block:
+        """Entries `start .. start + length` of each (row, head); host int64 `[B, H]` both."""
+        first, size = uniform(start), uniform(length)
+        if first is not None and size is not None:
+            return self.each(lambda x: x[:, :, first : first + size], length)
+        longest = int(length.max())
+        slot = torch.arange(longest)
+        index = (start[..., None] + slot).clamp_max(max(0, self.capacity - 1))
+        index = index.to(self.keys.device)
+        return self.each(lambda x: take_slots(x, index), length)
+
+    def keep(self, mask: Tensor, count: Tensor | None = None) -> Block:
+        """The entries where `mask [B, H, S]` is set, in order; waits for the device if not told `count`."""
+        mask = mask & self.valid(mask.shape[2])
+        count = mask.sum(-1).cpu() if count is None else count
+        order = torch.argsort(~mask, dim=-1, stable=True)[..., : int(count.max())]
+        return self.each(lambda x: take_slots(x, order), count)
+
+    def join(self, other: Block) -> Block:
+        """This block followed by `other`, each (row, head) without a gap."""
+        if self.longest == 0:
+            return other
+        if other.longest == 0:
+            return self.span(torch.zeros_like(self.count), self.count)
+        count = self.count + other.count
+        mine, theirs = uniform(self.count), uniform(other.count)
+        if mine is not None and theirs is not None:
+            pair = _join_uniform(mine, theirs)
+        else:
+            pair = _join_ragged(self.count, count, self.longest, self.keys.device)
+        meta = {name: pair(self.meta[name], other.meta[name]) for name in self.meta}
+        keys, values = pair(self.keys, other.keys), pair(self.values, other.values)
+        return Block(keys, values, count, meta)
+
+    def append_token(self, token: Block) -> None:
+        """Append one entry per (row, head) in place; the caller has made room."""
+        size = uniform(self.count)
+        pairs = [(self.keys, token.keys), (self.values, token.values)]
+        pairs += [(self.meta[name], token.meta[name]) for name in self.meta]
+        if size is not None:
+            for mine, new in pairs:
+                mine[:, :, size] = new[:, :, 0]
+        else:
+            index = self.count.to(self.keys.device)[..., None]
+            for mine, new in pairs:
+                _scatter_slot(mine, index, new)
+        self.count = self.count + 1
+
+    def owned(self, capacity: int, granule: int = GRANULE) -> Block:
+        """A copy in storage of its own, with room for `capacity`, in whole granules."""
+        used = self.longest
+        room = -(-max(capacity, used) // granule) * granule
+
+        def copy(x: Tensor) -> Tensor:
+            out = new_like(x, room)
+            out[:, :, :used] = x[:, :, :used]
+            out[:, :, used:] = 0  # never read, but NaN garbage times weight 0 would be NaN
+            return out
+
+        return self.each(copy, self.count)
+
+    def reserve(self, capacity: int) -> Block:
+        """The same entries with room for at least `capacity`."""
+        return self if self.capacity >= capacity else self.owned(capacity)
+
+    def shrunk(self, count: Tensor) -> Block:
+        """The first `count` entries of each (row, head), in place of storage."""
+        return Block(self.keys, self.values, count, self.meta)
+
+
+def _scatter_slot(mine: Tensor, index: Tensor, new: Tensor) -> None:
+    if mine.ndim == 4:
+        index = index[..., None].expand(*index.shape, mine.shape[3])
+    mine.scatter_(2, index, new.to(mine.dtype))
+
+
+def _join_uniform(mine: int, theirs: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def pair(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a[:, :, :mine], b[:, :, :theirs].to(a.dtype)], dim=2)
+
+    return pair
+
+
+def _join_ragged(
+    mine: Tensor, total: Tensor, longest: int, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Slot s of the result is `a[s]` below `mine`, else `b[s - mine]` (stored after a's `longest`)."""
+    slot = torch.arange(int(total.max()))
+    own = slot < mine[..., None]
+    index = torch.where(own, slot, longest + (slot - mine[..., None]))
+
+    def pair(a: Tensor, b: Tensor) -> Tensor:
+        both = torch.cat([a[:, :, :longest], b.to(a.dtype)], dim=2)
+        return take_slots(both, index.clamp_max(both.shape[2] - 1).to(device))
+
+    return pair

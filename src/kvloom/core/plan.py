@@ -1,0 +1,205 @@
+"""`LayerPlan`: what a recipe means for one layer, worked out once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvloom.core.block import GRANULE
+from kvloom.core.budget import DENSE_BYTES, Budget, CellCost, cell_shares, entries_for
+from kvloom.core.format import PAGE, Layout, PageFormat
+from kvloom.core.policy import Allocator
+from kvloom.core.recipe import Recipe
+from kvloom.positions.rope import RopeSpec
+
+CENTROID_DTYPE = torch.float32
+_META_DTYPES = {"positions": torch.int32, "mass": torch.float32}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The static side of a compressed layer.
+
+    Attributes:
+        recipe, budget: as given. format: the recipe's, or dense.
+        layer, layers: index among the compressed layers, and their number.
+        heads: KV heads; key_dim, value_dim: their widths; dtype: the model's.
+        rope: the layer's rotation, if the recipe needs it.
+        track_positions: keep original positions even if no policy asks for them.
+    """
+
+    recipe: Recipe
+    budget: Budget | None
+    format: PageFormat
+    layer: int
+    layers: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    rope: RopeSpec | None = None
+    track_positions: bool = False
+
+    @cached_property
+    def layout(self) -> Layout:
+        return self.format.layout(self.key_dim, self.value_dim, self.dtype)
+
+    @cached_property
+    def sinks(self) -> int:
+        return self.recipe.scorer.pinned if self.recipe.scorer else 0
+
+    @cached_property
+    def in_cache(self) -> bool:
+        return bool(self.recipe.scorer and self.recipe.scorer.in_cache)
+
+    @cached_property
+    def positions(self) -> bool:
+        """Whether the exact tiers carry original positions."""
+        wanted = "positions" in self.recipe.needs or self.format.pre_rope or self.in_cache
+        return wanted or self.track_positions
+
+    @cached_property
+    def base_positions(self) -> bool:
+        """Whether a page's first position tells those of all its slots (nothing is evicted)."""
+        return self.positions and not self.recipe.evicts
+
+    @cached_property
+    def meta(self) -> dict[str, torch.dtype]:
+        """Per-slot metadata of the exact tail."""
+        names = list(self.recipe.scorer.state_names) if self.recipe.scorer else []
+        if self.positions:
+            names.insert(0, "positions")
+        return {name: _META_DTYPES.get(name, torch.float32) for name in names}
+
+    @cached_property
+    def page_meta(self) -> dict[str, torch.dtype]:
+        """Per-slot metadata of pages; explicit positions only if a policy reads them per slot."""
+        needed = "positions" in self.recipe.needs or self.format.pre_rope or self.track_positions
+        drop = self.base_positions or not needed
+        return {n: d for n, d in self.meta.items() if n != "positions" or not drop}
+
+    @cached_property
+    def cost(self) -> CellCost:
+        """What one (row, head) of this layer costs."""
+        size = self.dtype.itemsize
+        meta = sum(d.itemsize for d in self.meta.values())
+        page_meta = sum(d.itemsize for d in self.page_meta.values())
+        alive = 1 if self.recipe.evicts else 0
+        width = self.key_dim + self.value_dim
+        merger = self.recipe.merger
+        return CellCost(
+            sinks=self.sinks,
+            centroids=merger.centroids if merger else 0,
+            residual=self.format.residual,
+            exact_slot=width * size + meta,
+            centroid_slot=width * CENTROID_DTYPE.itemsize + 2 * 4,
+            page=self.layout.page_nbytes() + PAGE * (page_meta + alive),
+            overhead=16 * torch.int64.itemsize,
+            dense_slot=width * DENSE_BYTES,
+        )
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """Relative budget per (layer, head), host fp64 `[layers, heads]`."""
+        return (self.recipe.allocator or Allocator()).shares(self.layers, self.heads)
+
+    @property
+    def growing(self) -> bool:
+        """Whether the budget grows with the tokens seen."""
+        return self.budget is not None and self.budget.kind == "share"
+
+    @cached_property
+    def least(self) -> int:
+        """The fewest entries per head that a budget in bytes stands for: one granule at its peak."""
+        extra = int(self.recipe.schedule.peak(torch.zeros(1, dtype=torch.int64)))
+        return self.sinks + max(1, GRANULE - extra)
+
+    def capacity(self, seen: Tensor) -> Tensor | None:
+        """C, entries per head and row: host int64 `[B, H]`; None if nothing is evicted.
+
+        `seen` is host int64 `[B]`, the valid tokens of each row.
+        """
+        scorer = self.recipe.scorer
+        if scorer is None or not self.recipe.evicts:
+            return None
+        shares = self.shares[self.layer]
+        if self.budget is None:
+            assert scorer.capacity is not None
+            return self._scaled(scorer.capacity, shares).expand(len(seen), -1)
+        if self.budget.kind == "tokens":
+            return self._scaled(int(self.budget.amount), shares).expand(len(seen), -1)
+        if self.budget.kind == "bytes":
+            cells = cell_shares(self.budget.amount, self.shares, len(seen))[self.layer]
+            return self._affordable(cells).expand(len(seen), -1)
+        dense = self.cost.dense_slot * self.layers * self.heads
+        rows = [
+            self._affordable(
+                cell_shares(self.budget.amount * dense * n, self.shares, 1)[self.layer]
+            )
+            for n in seen.tolist()
+        ]
+        return torch.stack(rows)
+
+    def _scaled(self, entries: int, shares: Tensor) -> Tensor:
+        scaled = ((entries - self.sinks) * shares).floor().long() + self.sinks
+        return scaled.clamp_min(self.sinks + 1)
+
+    def _affordable(self, cells: Tensor) -> Tensor:
+        """The largest C whose peak is within each cell's bytes."""
+        room = entries_for(self.cost, cells)
+        extra = int(self.recipe.schedule.peak(torch.zeros(1, dtype=torch.int64)))
+        return (room - extra).clamp_min(self.least)
+
+    def floor(self) -> int:
+        """The least bytes of the whole cache for one row: `least` entries in every head."""
+        capacity = torch.full((self.layers, self.heads), self.least)
+        return self.ceiling(capacity)
+
+    def check(self) -> None:
+        """Raise ValueError if recipe and budget do not fit each other."""
+        scorer, budget = self.recipe.scorer, self.budget
+        if scorer is None or not self.recipe.evicts:
+            if budget is not None:
+                raise ValueError(
+                    f"budget {str(budget)!r} with recipe '{self.recipe}': nothing in the recipe "
+                    "evicts, so its bytes follow from its format; add a scorer or drop the budget"
+                )
+            return
+        if budget is None and scorer.capacity is None:
+            raise ValueError(
+                f"recipe '{self.recipe}': {scorer.name} evicts down to a budget and none was given; "
+                "say budget='1024tok', '25%' or '512MiB'"
+            )
+        if budget is not None and scorer.capacity is not None:
+            raise ValueError(
+                f"budget {str(budget)!r} with recipe '{self.recipe}': {scorer} states its own size "
+                f"({scorer.capacity} entries); leave one of the two out"
+            )
+        if budget is not None and not self.recipe.schedule.bounded:
+            raise ValueError(
+                f"budget {str(budget)!r} with recipe '{self.recipe}': this schedule has no bound"
+            )
+        self._check_floor()
+
+    def _check_floor(self) -> None:
+        budget = self.budget
+        if budget is None:
+            return
+        if budget.kind == "bytes" and budget.amount < self.floor():
+            raise ValueError(
+                f"budget {str(budget)!r} is below the floor of recipe '{self.recipe}' for this "
+                f"model: {self.floor()} bytes per row"
+            )
+        if budget.kind == "tokens" and budget.amount < self.sinks + 1:
+            raise ValueError(
+                f"budget {str(budget)!r} is below the floor of recipe '{self.recipe}': "
+                f"{self.sinks} sinks and 1 entry"
+            )
+
+    def ceiling(self, capacity: Tensor) -> int:
+        """Bytes that heads of these capacities `[B, H]` hold at most after a commit."""
+        peak = self.recipe.schedule.peak(capacity)
+        return sum(self.cost.nbytes(int(n)) for n in peak.flatten().tolist())

@@ -1,0 +1,210 @@
+"""The kinds of policy that a recipe chains with `|`: scorer, allocator, merger, format, schedule.
+
+Policies are frozen dataclasses: their fields are their parameters, learned state lives in the
+cache, and every method is pure. A policy declares in `needs` what must be observed for it;
+nothing else is collected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvloom.core.block import Block
+    from kvloom.core.entries import Entries
+    from kvloom.core.recipe import Recipe
+
+NEEDS = frozenset({"attention_mass", "keys", "values", "pre_rope_keys", "positions"})
+
+
+def camel_to_snake(name: str) -> str:
+    """`StreamingLLM` -> `streaming_llm`, `Int4` -> `int4`, `H2O` -> `h2o`."""
+    out = ""
+    for i, c in enumerate(name):
+        starts_word = c.isupper() and i > 0 and name[i - 1].islower()
+        out += ("_" if starts_word else "") + c.lower()
+    return out
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of everything that can stand in a recipe."""
+
+    kind: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name") or camel_to_snake(cls.__name__)
+        unknown = set(cls.needs) - NEEDS
+        if unknown:
+            raise TypeError(f"{cls.__name__}.needs has {sorted(unknown)}; known: {sorted(NEEDS)}")
+
+    def __or__(self, other: Policy | Recipe) -> Recipe:
+        from kvloom.core.recipe import Recipe
+
+        return Recipe.of(self) | other
+
+    def __str__(self) -> str:
+        """Recipe text: the name, and every parameter that is not at its default."""
+        given = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                given.append(f"{f.name}={value!r}")
+        return self.name + (f"({', '.join(given)})" if given else "")
+
+
+def check(policy: Policy, rule: bool, message: str) -> None:
+    """Raise ValueError that restates the policy and the rule it breaks."""
+    if not rule:
+        raise ValueError(f"{policy}: {message}")
+
+
+@dataclass(frozen=True)
+class Scorer(Policy):
+    """Importance of each entry per head; who stays is decided here, once for all scorers.
+
+    Subclasses implement `score`, and if they keep state per slot, `arrive` and `observe`. The
+    entries exclude the pinned sinks.
+    """
+
+    kind: ClassVar[str] = "scorer"
+
+    @property
+    def pinned(self) -> int:
+        """How many first valid tokens of a row are pinned, exact and never evicted."""
+        return 0
+
+    @property
+    def capacity(self) -> int | None:
+        """Entries per KV head that the scorer itself asks for (sinks included); None: the budget's."""
+        return None
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether positions are those in the cache (the query is rotated), not the original ones."""
+        return False
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the fp32 slot state that `arrive` creates."""
+        return ()
+
+    def protected(self, capacity: Tensor) -> Tensor:
+        """How many of the newest entries are always kept, given the capacity `[B, H]` (host)."""
+        return torch.ones_like(capacity)
+
+    def arrive(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Slot state of newly arrived exact entries `[B, H, S, D]`: name -> fp32 `[B, H, S]`."""
+        return {}
+
+    def observe(self, state: dict[str, Tensor], observed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Slot state after a forward, elementwise; `observed` holds what `needs` asked for."""
+        return state
+
+    def score(self, entries: Entries) -> Tensor:
+        """Importance `[B, H, S]`; larger stays."""
+        raise NotImplementedError
+
+    def rank(self, entries: Entries, protected: Tensor) -> Tensor:
+        """Scores ready to be compared, fp32 `[B, H, S]`: +inf for the newest `protected [B, H]`,
+        -inf for slots that are not valid. Entries that only go by whole tiles get the tile's mean.
+
+        Raises ValueError if a score is NaN or infinite.
+        """
+        valid, tiled = entries.valid, entries.tiled
+        scores = self.score(entries).float()
+        if not bool(torch.isfinite(scores[valid]).all()):
+            raise ValueError(f"{self}: a score is NaN or infinite")
+        newer = valid.flip(-1).cumsum(-1).flip(-1)  # rank from the newest, 1-based
+        scores = scores.masked_fill(newer <= protected.to(scores.device)[..., None], float("inf"))
+        scores = scores.masked_fill(~valid, float("-inf"))
+        if tiled:
+            scores[..., :tiled] = _tile_mean(scores[..., :tiled], valid[..., :tiled])
+        return scores
+
+
+def select(scores: Tensor, entries: Entries, target: Tensor) -> Tensor:
+    """Which entries stay, by ranked scores: bool `[B, H, S]`, at most `target [B, H]` per head.
+
+    Equal scores keep the newer. A tile that does not fit as a whole goes, so that up to 31 entries
+    fewer stay where entries only go by whole tiles.
+    """
+    keep, valid, tiled = top_newest(scores, target), entries.valid, entries.tiled
+    if tiled:
+        whole = (keep | ~valid)[..., :tiled].unflatten(-1, (-1, TILE)).all(-1)
+        keep[..., :tiled] &= whole.repeat_interleave(TILE, -1)
+    return keep & valid
+
+
+TILE = 32  # slots that a format with shared scales can free together
+
+
+def _tile_mean(scores: Tensor, valid: Tensor) -> Tensor:
+    """Every slot's score replaced by the mean over the live slots of its tile."""
+    total = scores.masked_fill(~valid, 0).unflatten(-1, (-1, TILE)).sum(-1)
+    mean = total / valid.unflatten(-1, (-1, TILE)).sum(-1)  # 0 / 0: a dead tile
+    return mean.nan_to_num(nan=float("-inf"), posinf=float("inf")).repeat_interleave(TILE, -1)
+
+
+def top_newest(scores: Tensor, target: Tensor) -> Tensor:
+    """The `target [B, H]` (host) best of `scores [B, H, S]` as bool; ties go to the larger index."""
+    order = torch.argsort(scores.flip(-1), dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    steps = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    rank.scatter_(-1, order, steps)
+    return (rank < target.to(rank.device)[..., None]).flip(-1)
+
+
+@dataclass(frozen=True)
+class Allocator(Policy):
+    """How a budget is split over layers and heads."""
+
+    kind: ClassVar[str] = "allocator"
+
+    def shares(self, layers: int, heads: int) -> Tensor:
+        """Relative budget of each KV head: host fp64 `[layers, heads]`, normalised to mean 1."""
+        return torch.ones(layers, heads, dtype=torch.float64)
+
+    def split(self, scores: Tensor, entries: Entries, target: Tensor) -> Tensor:
+        """Move a layer's targets `[B, H]` (host) between heads by ranked scores; same sum per row."""
+        return target
+
+
+@dataclass
+class Losers:
+    """What a merger gets: entries that were not selected, decoded once.
+
+    Attributes:
+        keys: `[B, H, N, D]` fp32, pre-RoPE if the merger needs `pre_rope_keys`; values likewise.
+        mass: log mass `[B, H, N]`; positions: `[B, H, N]`; valid: bool `[B, H, N]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mass: Tensor
+    positions: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Merger(Policy):
+    """What happens to the losers of a selection. Without a merger they are dropped."""
+
+    kind: ClassVar[str] = "merger"
+
+    @property
+    def centroids(self) -> int:
+        """How many centroids per head the merger keeps; reserved in every budget."""
+        return 0
+
+    def fold(self, losers: Losers, centroids: Block) -> Block:
+        """The centroids after taking in the losers; pure. Masses add up to the tokens folded."""
+        raise NotImplementedError

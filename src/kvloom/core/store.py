@@ -1,0 +1,470 @@
+"""`LayerStore`: the tiers of one layer, and `commit`, the single place where policies run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvloom.core.attend import Call, attend, attention_mass
+from kvloom.core.block import GRANULE, Block, take_slots
+from kvloom.core.compaction import compact
+from kvloom.core.entries import Entries
+from kvloom.core.format import PAGE
+from kvloom.core.pages import PagePool
+from kvloom.core.plan import CENTROID_DTYPE, LayerPlan
+from kvloom.core.policy import Losers, select
+
+REFRESH = 16  # tokens after which a growing budget is worked out again
+
+
+@dataclass
+class Forward:
+    """The tokens of one forward, not yet part of the cache.
+
+    Attributes:
+        block: the new tokens, one slot per column.
+        call: the attention call, lse: its normaliser (kept only if a policy observes attention).
+        tokens: valid tokens per row, host int64 `[B]`.
+        columns: bool `[B, Q]`, which columns are valid; None: all.
+        in_tail: whether the token was written straight into the tail.
+    """
+
+    block: Block
+    call: Call
+    tokens: Tensor
+    lse: Tensor | None = None
+    columns: Tensor | None = None
+    in_tail: bool = False
+
+
+@dataclass
+class Counters:
+    """What happened in a layer so far."""
+
+    compressions: int = 0
+    evicted: int = 0
+    merged: int = 0
+    sealed: int = 0
+    compactions: int = 0
+
+
+class LayerStore:
+    """All entries of one layer: sinks, pages, centroids, tail."""
+
+    def __init__(self, plan: LayerPlan, keys: Tensor, values: Tensor):
+        """`keys`, `values` `[B, H, *, D]` give shapes, dtype and device; nothing is stored yet."""
+        B, H = keys.shape[:2]
+        device = keys.device
+        self.plan = plan
+        meta = {n: torch.zeros(B, H, 0, dtype=d, device=device) for n, d in plan.meta.items()}
+        none = torch.zeros(B, H, dtype=torch.int64)
+        self.tail = Block(keys[:, :, :0].clone(), values[:, :, :0].clone(), none, meta)
+        self.sinks = self.tail.empty() if plan.sinks else None
+        self.centroids = self._no_centroids() if plan.recipe.merger else None
+        self.pool = PagePool(
+            plan.format, plan.layout, keys.dtype, device, B, H, plan.page_meta, plan.base_positions
+        )
+        self.seen = torch.zeros(B, dtype=torch.int64)
+        self.since = torch.zeros(B, dtype=torch.int64)
+        self.next_position = torch.zeros(B, dtype=torch.int64, device=device)
+        self.counters = Counters()
+        self._capacity: Tensor | None = None
+        self._capacity_at = -1
+
+    def _no_centroids(self) -> Block:
+        assert self.plan.recipe.merger is not None
+        B, H = self.tail.count.shape
+        n, device = self.plan.recipe.merger.centroids, self.tail.keys.device
+        keys = torch.zeros(B, H, n, self.plan.key_dim, dtype=CENTROID_DTYPE, device=device)
+        values = torch.zeros(B, H, n, self.plan.value_dim, dtype=CENTROID_DTYPE, device=device)
+        meta = {
+            "mass": torch.full((B, H, n), float("-inf"), device=device),
+            "positions": torch.zeros(B, H, n, device=device),
+        }
+        return Block(keys, values, torch.zeros(B, H, dtype=torch.int64), meta)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.tail.keys.device
+
+    @property
+    def stored(self) -> Tensor:
+        """Live entries per (row, head), centroids excluded: host int64 `[B, H]`."""
+        pinned = self.sinks.count if self.sinks is not None else 0
+        return self.pool.live + self.tail.count + pinned
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the layer holds."""
+        out = [self.seen, self.since, self.next_position, *self.tail.tensors()]
+        for block in (self.sinks, self.centroids):
+            out += block.tensors() if block is not None else []
+        return out + self.pool.tensors()
+
+    def dense(self) -> tuple[Tensor, Tensor] | None:
+        """Everything stored as attention uses it, `[B, H, S, D]`, right-aligned; None if empty.
+
+        Slots on the left that a row does not fill hold arbitrary finite entries.
+        """
+        n = int(self.stored.max())
+        if n == 0:
+            return None
+        entries, blocks = self.entries(), [] if self.sinks is None else [self.sinks]
+        keys = entries.keys
+        if self.plan.format.pre_rope:
+            keys = self.rotate(keys, entries.positions)
+        parts = [
+            (b.keys[:, :, : b.longest], b.values[:, :, : b.longest], b.valid()) for b in blocks
+        ]
+        parts.append((keys, entries.values, entries.valid))
+        keys, values, valid = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+        order = torch.argsort(valid.to(torch.int8), dim=-1, stable=True)[:, :, -n:]
+        return take_slots(keys, order), take_slots(values, order)
+
+    def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Pre-RoPE keys as attention uses them, in the model's dtype."""
+        assert self.plan.rope is not None
+        return self.plan.rope.rotate(keys, positions).to(self.plan.dtype)
+
+    def sink_query(self, query: Tensor) -> Tensor:
+        """`query [B, H, G, Q, D]` as the sinks must see it for positions in the cache.
+
+        The window sits right before the new tokens already; the sinks are d positions too far
+        away, so the query turns back by d.
+        """
+        assert self.sinks is not None and self.plan.rope is not None
+        window = (self.stored - self.sinks.count).to(self.device)
+        pinned = self.sinks.count.to(self.device)
+        gap = self.next_position[:, None] - window - pinned - self.sinks.meta["positions"][..., 0]
+        by = -gap[:, :, None, None].expand(query.shape[:4])
+        return self.plan.rope.shift(query, by).to(query.dtype)
+
+    def ceiling(self) -> int:
+        """Bytes that this layer holds at most after a commit, for the tokens seen so far."""
+        capacity = self.plan.capacity(self.seen)
+        assert capacity is not None
+        return self.plan.ceiling(capacity)
+
+    def kept_positions(self) -> list[list[list[int]]]:
+        """Original positions of the entries kept, `[row][head]`, in order; sinks first."""
+        if not self.plan.positions:
+            raise ValueError(
+                f"recipe '{self.plan.recipe}' keeps no positions: construct the cache with "
+                "track_positions=True"
+            )
+        entries = self.entries()
+        blocks = [] if self.sinks is None else [self.sinks]
+        held = torch.cat([*(b.meta["positions"] for b in blocks), entries.positions], 2).cpu()
+        valid = torch.cat([*(b.valid(b.capacity) for b in blocks), entries.valid], 2).cpu()
+        return [
+            [h[ok].tolist() for h, ok in zip(row, oks, strict=True)]
+            for row, oks in zip(held, valid, strict=True)
+        ]
+
+    # -- one forward -----------------------------------------------------------------------------
+
+    def stage(
+        self, keys: Tensor, values: Tensor, call: Call, columns: Tensor | None, positions: Tensor
+    ) -> Forward:
+        """New tokens `[B, H, Q, D]` as a `Forward`, not yet part of the cache.
+
+        `columns` `[B, Q]` marks valid tokens (None: all), `positions` `[B, Q]` are theirs.
+        """
+        B, H, Q, _ = keys.shape
+        tokens = torch.full((B,), Q) if columns is None else columns.sum(1).cpu()
+        return Forward(self._arrived(keys, values, positions), call, tokens, columns=columns)
+
+    def _arrived(self, keys: Tensor, values: Tensor, positions: Tensor) -> Block:
+        B, H, Q, _ = keys.shape
+        scorer = self.plan.recipe.scorer
+        meta = {} if scorer is None else dict(scorer.arrive(keys, values))
+        if self.plan.positions:
+            meta["positions"] = positions.to(torch.int32)[:, None].expand(B, H, Q)
+        return Block(keys, values, torch.full((B, H), Q), meta)
+
+    def forward(
+        self, keys: Tensor, values: Tensor, call: Call, columns: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Forward]:
+        """Attend with new tokens (see `stage`); they become part of the cache in `commit`."""
+        forward = self.stage(keys, values, call, columns, positions)
+        if self.plan.in_cache:
+            before = (forward.tokens - 1).to(self.device)
+            self.next_position = positions[:, -1].to(torch.int64) - before
+        out, lse = attend(self, call, forward.block)
+        forward.lse = lse if self._observes else None
+        return out, forward
+
+    @property
+    def _observes(self) -> bool:
+        return "attention_mass" in self.plan.recipe.needs
+
+    def forward_token(
+        self, keys: Tensor, values: Tensor, call: Call, positions: Tensor
+    ) -> tuple[Tensor, Forward]:
+        """`forward` for one valid token per row that goes straight into the tail."""
+        token = self._arrived(keys, values, positions)
+        if self.plan.in_cache:
+            self.next_position = positions[:, -1].to(torch.int64) + 1
+        self.tail = self.tail.reserve(self.tail.longest + 1)
+        before = self.tail.count
+        self.tail.append_token(token)
+        try:
+            out, lse = attend(self, call, None)
+        except BaseException:
+            self.tail = self.tail.shrunk(before)
+            raise
+        tokens = torch.ones(keys.shape[0], dtype=torch.int64)
+        return out, Forward(token, call, tokens, lse if self._observes else None, in_tail=True)
+
+    @property
+    def takes_token(self) -> bool:
+        """Whether a single new token may go straight into the tail (the sinks are full)."""
+        return self.sinks is None or bool((self.sinks.count == self.plan.sinks).all())
+
+    def commit(self, forward: Forward, drop: int = 0) -> None:
+        """Make the new tokens part of the cache: append, observe, select, merge, seal.
+
+        `drop` leaves out the newest columns (rejected drafts of assisted decoding).
+        """
+        new = None if forward.in_tail else _without_newest(forward, drop)
+        self._observe(forward, new)
+        self.seen = self.seen + forward.tokens
+        self.since = self.since + forward.tokens
+        if new is None:
+            pending = self.tail
+        else:
+            if forward.columns is not None:
+                count = forward.tokens[:, None].expand_as(new.count).contiguous()
+                new = new.keep(forward.columns[:, None].expand(new.keys.shape[:3]), count)
+            pending = self.tail.join(self._pin(new))
+        self._settle(pending, forward)
+
+    def _observe(self, forward: Forward, new: Block | None) -> None:
+        """Let the scorer see this forward's attention, and update all slot state."""
+        scorer = self.plan.recipe.scorer
+        if scorer is None or forward.lse is None:
+            return
+        received = attention_mass(self, forward.call, new, forward.lse)
+        start = 0
+        holders: list[tuple[dict[str, Tensor], int]] = [
+            (slab.meta, slab.pages * PAGE) for slab in self.pool.slabs
+        ]
+        holders += [(self.tail.meta, self.tail.longest)]
+        holders += [] if new is None else [(new.meta, new.longest)]
+        for meta, n in holders:
+            column = {"attention_mass": received[:, :, start : start + n]}
+            state = {name: meta[name][:, :, :n] for name in scorer.state_names}
+            for name, x in scorer.observe(state, column).items():
+                meta[name][:, :, :n] = x
+            start += n
+
+    def _pin(self, new: Block) -> Block:
+        """Move the first tokens of each row into the sinks; returns the rest."""
+        if self.sinks is None:
+            return new
+        take = torch.minimum(self.plan.sinks - self.sinks.count, new.count)
+        if not bool((take > 0).any()):
+            return new
+        pinned = self.sinks.join(new.span(torch.zeros_like(take), take))
+        self.sinks = pinned.owned(pinned.longest, granule=1)
+        return new.span(take, new.count - take)
+
+    # -- policies --------------------------------------------------------------------------------
+
+    def capacity(self) -> Tensor | None:
+        """C per (row, head) for the tokens seen so far; None if nothing is ever evicted."""
+        seen = int(self.seen.max()) if self.seen.numel() else 0
+        stale = seen - self._capacity_at >= REFRESH or self._capacity_at < 0
+        rows = self._capacity is not None and self._capacity.shape[0] == len(self.seen)
+        if not rows or (self.plan.growing and stale):
+            self._capacity, self._capacity_at = self.plan.capacity(self.seen), seen
+        return self._capacity
+
+    def _settle(self, pending: Block, forward: Forward) -> None:
+        """Compress if it is due, then seal full pages; what is left is the tail."""
+        capacity = self.capacity()
+        limit = None
+        if capacity is not None:
+            pinned = self.sinks.count if self.sinks is not None else torch.zeros_like(capacity)
+            length = self.pool.live + pending.count + pinned
+            target = self.plan.recipe.schedule.target(
+                length, capacity, self.seen[:, None], forward.tokens[:, None], self.since[:, None]
+            )
+            if not torch.equal(target, length):
+                due = (target != length).any(1)
+                protected = self._protected(capacity, pinned, target)
+                try:
+                    pending = self._compress(pending, target - pinned, protected)
+                except Exception:  # a scorer failed: nothing is evicted, and nothing is lost
+                    self.tail = pending.owned(pending.longest)
+                    raise
+                self.since = self.since.masked_fill(due, 0)
+            limit = self._page_limit(capacity)
+        pages = (pending.count - self.plan.format.residual).clamp_min(0) // PAGE
+        if bool((pages > 0).any()):
+            self._seal(pending, pages, limit)
+        elif pending is not self.tail:
+            self.tail = pending.owned(pending.longest)
+
+    def _protected(self, capacity: Tensor, pinned: Tensor, target: Tensor) -> Tensor:
+        scorer = self.plan.recipe.scorer
+        assert scorer is not None
+        return torch.minimum(scorer.protected(capacity - pinned), target - pinned)
+
+    def _page_limit(self, capacity: Tensor) -> Tensor | None:
+        if self.plan.growing or not self.plan.recipe.schedule.bounded:
+            return None
+        peak = self.plan.recipe.schedule.peak(capacity)
+        return -(-(peak - self.plan.sinks - self.plan.format.residual).clamp_min(0) // PAGE) + 1
+
+    def entries(self, pending: Block | None = None) -> Entries:
+        """What a policy sees: pages, then the exact entries (`pending`, by default the tail)."""
+        exact = self.tail if pending is None else pending
+        n = exact.longest
+        slabs = self.pool.slabs
+        valid = torch.cat([*(slab.valid() for slab in slabs), exact.valid(n)], dim=2)
+        names = [name for name in self.plan.meta if name in self.plan.page_meta or not slabs]
+        meta = {
+            name: torch.cat(
+                [
+                    *(s.meta[name][:, :, : s.pages * PAGE] for s in slabs),
+                    exact.meta[name][:, :, :n],
+                ],
+                2,
+            )
+            for name in names
+        }
+        if self.plan.base_positions:
+            parts = [*(s.positions() for s in slabs), exact.meta["positions"][:, :, :n]]
+            meta["positions"] = torch.cat(parts, 2)
+        tiled = 0 if self.plan.format.movable else valid.shape[2] - n
+
+        def decode(which: int) -> Callable[[], Tensor]:
+            def read() -> Tensor:
+                mine = (self._stored_keys(exact, n), exact.values[:, :, :n])[which]
+                sealed = self.pool.decode_all()
+                return mine if sealed is None else torch.cat([sealed[which], mine], 2)
+
+            return read
+
+        return Entries(valid, meta, decode(0), decode(1), self.plan.layer, tiled)
+
+    def _stored_keys(self, exact: Block, n: int) -> Tensor:
+        """Exact keys as the pages store them, so that a policy sees one kind of key."""
+        keys = exact.keys[:, :, :n]
+        return self._unrotated(keys, exact, n) if self.plan.format.pre_rope else keys
+
+    def _unrotated(self, keys: Tensor, exact: Block, n: int) -> Tensor:
+        assert self.plan.rope is not None
+        return self.plan.rope.unrotate(keys, exact.meta["positions"][:, :, :n]).to(keys.dtype)
+
+    def _compress(self, pending: Block, target: Tensor, protected: Tensor) -> Block:
+        """Evict (or fold) down to `target` evictable entries per head; returns what is exact."""
+        scorer, merger = self.plan.recipe.scorer, self.plan.recipe.merger
+        assert scorer is not None
+        entries = self.entries(pending)
+        scores = scorer.rank(entries, protected)
+        if self.plan.recipe.allocator is not None:
+            target = self.plan.recipe.allocator.split(scores, entries, target)
+        keep = select(scores, entries, target)
+        lost = entries.valid & ~keep
+        if merger is not None:
+            assert self.centroids is not None
+            self.centroids = merger.fold(self._losers(entries, lost), self.centroids)
+        before = self.pool.live + pending.count
+        sealed = keep.shape[2] - pending.longest
+        self.pool.evict(keep[:, :, :sealed])
+        exact = keep[:, :, sealed:]
+        count = exact.sum(-1).cpu()
+        if not torch.equal(count, pending.count):
+            pending = pending.keep(exact, count)
+        gone = int((before - self.pool.live - pending.count).sum())
+        self.counters.compressions += 1
+        self.counters.evicted += gone
+        self.counters.merged += gone if merger is not None else 0
+        self._reclaim()
+        return pending
+
+    def _losers(self, entries: Entries, lost: Tensor) -> Losers:
+        keys = entries.keys.float()
+        if "pre_rope_keys" in self.plan.recipe.needs and not self.plan.format.pre_rope:
+            assert self.plan.rope is not None
+            keys = self.plan.rope.unrotate(keys, entries.positions)
+        mass = entries.meta.get("mass", torch.zeros(lost.shape, device=lost.device))
+        return Losers(keys, entries.values.float(), mass, entries.positions, lost)
+
+    def _reclaim(self) -> None:
+        """Compact once it saves half a page per head on average."""
+        cells = self.pool.pages.numel()
+        if int(self.pool.dead_pages().sum()) >= max(1, cells // 2):
+            compact(self.pool, spare=1)
+            self.counters.compactions += 1
+
+    def _seal(self, pending: Block, pages: Tensor, limit: Tensor | None) -> None:
+        n = int(pages.max()) * PAGE
+        block = pending.each(lambda x: x[:, :, :n], pages * PAGE)
+        if self.plan.format.pre_rope:
+            block = Block(
+                self._unrotated(block.keys, block, n), block.values, block.count, block.meta
+            )
+        self.pool.seal(block, pages, limit)
+        self.counters.sealed += int(pages.sum()) * PAGE
+        rest = pending.span(pages * PAGE, pending.count - pages * PAGE)
+        self.tail = rest.owned(max(rest.longest, GRANULE))
+
+    # -- rows and length -------------------------------------------------------------------------
+
+    def rows(self, index: Tensor) -> None:
+        """Select rows (beam search, batch selection); pages are shared, not copied."""
+        host = index.to("cpu")
+        if torch.equal(host, torch.arange(len(self.seen))):
+            return
+        self.tail = self.tail.rows(index)
+        self.sinks = self.sinks.rows(index) if self.sinks is not None else None
+        self.centroids = self.centroids.rows(index) if self.centroids is not None else None
+        self.seen, self.since = self.seen[host], self.since[host]
+        self.next_position = self.next_position.index_select(0, index.to(self.device))
+        self._capacity = None
+        self.pool.rows(index)
+
+    def drop_newest(self, n: int) -> None:
+        """Forget the newest `n` tokens of every row.
+
+        Raises RuntimeError, before anything is changed, if some of them may be gone already.
+        """
+        if n > int(self.since.min()):
+            raise RuntimeError(
+                f"cannot remove the newest {n} tokens: the cache was compressed "
+                f"{int(self.since.min())} tokens ago; copy it before the turn, or crop less"
+            )
+        left = torch.full_like(self.tail.count, n)
+        from_tail = torch.minimum(left, self.tail.count)
+        self.tail = self.tail.shrunk(self.tail.count - from_tail)
+        left = left - from_tail
+        from_pages = torch.minimum(left, self.pool.live)
+        if bool((from_pages > 0).any()):
+            self.pool.drop_newest(from_pages)
+        if self.sinks is not None:
+            self.sinks = self.sinks.shrunk(self.sinks.count - (left - from_pages))
+        self.seen, self.since = self.seen - n, self.since - n
+
+
+def _without_newest(forward: Forward, drop: int) -> Block:
+    block = forward.block
+    if drop == 0:
+        return block
+    kept = block.longest - drop
+    columns = forward.columns
+    forward.tokens = forward.tokens - (drop if columns is None else columns[:, kept:].sum(1).cpu())
+    forward.columns = None if columns is None else columns[:, :kept]
+    call = forward.call
+    call.query = call.query[..., :kept, :]
+    call.new_mask = None if call.new_mask is None else call.new_mask[..., :kept, :kept]
+    call.past_mask = None if call.past_mask is None else call.past_mask[..., :kept, :]
+    call.voters = None if call.voters is None else call.voters[:, :kept]
+    forward.lse = None if forward.lse is None else forward.lse[..., :kept]
+    return block.each(lambda x: x[:, :, :kept], block.count - drop)

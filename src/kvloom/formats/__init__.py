@@ -1,0 +1,1 @@
+"""Page formats: one file per way of storing."""

@@ -1,0 +1,42 @@
+"""Dense pages: entries as the model made them, in its own dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvloom.core.format import Encoded, Field, Layout, PageBatch, PageFormat
+from kvloom.core.policy import check
+
+
+@dataclass(frozen=True)
+class Dense(PageFormat):
+    """Exact storage.
+
+    Attributes:
+        rope: `"post"` stores keys as attention uses them, `"pre"` before rotation (they are
+            rotated when they are read), which costs one rounding to the model's dtype.
+    """
+
+    rope: str = "post"
+
+    def __post_init__(self) -> None:
+        check(self, self.rope in ("post", "pre"), "rope is 'post' or 'pre'")
+
+    @property
+    def pre_rope(self) -> bool:
+        return self.rope == "pre"
+
+    def layout(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> Layout:
+        key, value = Field((key_dim,), dtype, "key"), Field((value_dim,), dtype, "value")
+        return Layout({"keys": key, "values": value})
+
+    def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
+        return Encoded({"keys": batch.keys, "values": batch.values})
+
+    def decode(
+        self, slot: dict[str, Tensor], scale_set: dict[str, Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return slot["keys"], slot["values"]

@@ -1,0 +1,1 @@
+"""The host layer: the only room that imports transformers."""

@@ -1,0 +1,112 @@
+"""What the layers of one cache share: the model's facts, and what one forward tells them."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvloom.core.budget import Budget
+from kvloom.core.recipe import Recipe
+from kvloom.hf import attention
+
+
+class Host:
+    """The model behind a cache. Copies of a cache share it; the model is held weakly."""
+
+    def __init__(self, model: nn.Module | None, config: Any):
+        self._model = None if model is None else weakref.ref(model)
+        self.config = config
+
+    def __deepcopy__(self, memo: object) -> Host:
+        return self
+
+    @property
+    def model(self) -> nn.Module | None:
+        return None if self._model is None else self._model()
+
+    @property
+    def reads_handles(self) -> bool:
+        """Whether the model's attention is ours right now."""
+        return bool(self.config._attn_implementation == attention.NAME)
+
+
+@dataclass
+class Context:
+    """Shared by all layers of one cache.
+
+    Attributes:
+        host, recipe, budget: as constructed. layers: how many layers are compressed.
+        handles: whether `update` returns handles (fixed when a forward begins).
+        columns: bool `[B, Q]`, which new columns are valid; None: all.
+        masked_at: the length at which our mask function last ran; tells a stale mask and a
+            user's 4D mask from ours.
+        position_ids: of this forward, where the decoder hook captured them (dense mode).
+        opened_at: length at which the forward on its way began; None between forwards.
+        last: index of the model's last layer, whose commit ends a forward.
+    """
+
+    host: Host
+    recipe: Recipe
+    budget: Budget | None
+    layers: int
+    dense: bool = False
+    track_positions: bool = False
+    handles: bool = False
+    columns: Tensor | None = None
+    masked_at: int = -1
+    position_ids: Tensor | None = None
+    opened_at: int | None = None
+    last: int = 0
+    bad: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def learn(self, mask: Tensor | None, seen: int, new: int) -> None:
+        """Take the validity of the new columns from a 2D mask `[B, seen + new]`.
+
+        Raises ValueError if the mask is too short.
+        """
+        self.masked_at, self.columns = seen, None
+        if mask is None:
+            return
+        if mask.shape[-1] < seen + new:
+            raise ValueError(
+                f"attention_mask has {mask.shape[-1]} columns, but the cache has seen {seen} tokens "
+                f"and gets {new} more: pass the mask of all {seen + new} columns"
+            )
+        columns = mask[:, seen : seen + new].to(torch.bool)
+        self.columns = None if bool(columns.all()) else columns
+
+    def columns_at(self, seen: int) -> Tensor | None:
+        """Validity of the columns of the forward that began at length `seen`."""
+        return self.columns if self.masked_at == seen else None
+
+    def check_finite(self, keys: Tensor, values: Tensor) -> None:
+        """Raise ValueError on NaN or Inf; on an accelerator at the next `raise_bad`."""
+        if keys.device.type != "cpu":
+            flag = ~(torch.isfinite(keys).all() & torch.isfinite(values).all())
+            held = self.bad.get(keys.device)
+            self.bad[keys.device] = flag if held is None else held | flag
+            return
+        total = float(keys.sum()) + float(values.sum())
+        if total - total == 0.0:  # finite
+            return
+        for name, x in (("keys", keys), ("values", values)):
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError(_NOT_FINITE.format(name=name, shape=tuple(x.shape)))
+
+    def raise_bad(self) -> None:
+        """Wait for the device and raise ValueError if a NaN or Inf went in since the last call."""
+        flags, self.bad = self.bad, {}
+        if any(bool(flag) for flag in flags.values()):
+            raise ValueError(
+                _NOT_FINITE.format(name="keys or values", shape="since the last check")
+            )
+
+
+_NOT_FINITE = (
+    "{name} {shape} contain NaN or Inf: a compressed cache would spread them over whole pages; "
+    "check the model's dtype and inputs"
+)

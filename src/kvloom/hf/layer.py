@@ -1,0 +1,277 @@
+"""`CompressedLayer`: one full-attention layer of a `CompressedCache`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from kvloom.core.attend import Call
+from kvloom.core.plan import LayerPlan
+from kvloom.core.store import Forward, LayerStore
+from kvloom.formats.dense import Dense
+from kvloom.hf.attention import Handle
+from kvloom.hf.context import Context
+from kvloom.hf.rope import rope_of
+
+
+class CompressedLayer(CacheLayerMixin):
+    """Stages the tokens of a forward in `update`, attends and commits in `attend`.
+
+    Where the model cannot read handles, `update` commits at once and returns dense tensors,
+    right-aligned, so that transformers' own masks fit.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, context: Context, index: int, layer_idx: int):
+        super().__init__()
+        self.context, self.index, self.layer_idx = context, index, layer_idx
+        self.store: LayerStore | None = None
+        self.columns = 0
+        self.record_past = False
+        self.staged: tuple[Tensor, Tensor] | None = None
+        self.pending: Forward | None = None
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.store = LayerStore(self._plan(key_states, value_states), key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def _plan(self, keys: Tensor, values: Tensor) -> LayerPlan:
+        context, recipe = self.context, self.context.recipe
+        plan = LayerPlan(
+            recipe, context.budget, recipe.format or Dense(), self.index, context.layers,
+            keys.shape[1], keys.shape[3], values.shape[3], keys.dtype,
+            track_positions=context.track_positions,
+        )  # fmt: skip
+        if not (plan.format.pre_rope or plan.in_cache or "pre_rope_keys" in recipe.needs):
+            return plan
+        if context.host.model is None:
+            raise ValueError(f"recipe '{recipe}' needs the model's rotary embedding: construct the "
+                             "cache from the model, not from its config")  # fmt: skip
+        fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
+        return LayerPlan(**{**fields, "rope": rope_of(context.host.model, self.layer_idx)})
+
+    def reset(self) -> None:
+        self.store, self.staged, self.pending = None, None, None
+        self.columns, self.record_past, self.is_initialized = 0, False, False
+
+    # -- one forward -----------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        keys, values = key_states.detach(), value_states.detach()
+        if self.store is None:
+            self.lazy_initialization(keys, values)
+        self._check_shapes(keys, values)
+        self._accept_pending()
+        self.columns += keys.shape[2]
+        if self.context.handles:
+            self.staged = (keys, values)
+            return Handle(self), Handle(self)
+        return self._update_dense(keys, values)
+
+    def _check_shapes(self, keys: Tensor, values: Tensor) -> None:
+        assert self.store is not None
+        plan, rows = self.store.plan, self.store.tail.keys.shape[0]
+        got = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        held = (rows, plan.heads, plan.key_dim, plan.value_dim, plan.dtype)
+        if got != held:
+            raise ValueError(
+                f"layer {self.layer_idx} holds (rows, heads, key width, value width, dtype) = {held} "
+                f"but gets {got}: a cache serves one model and one batch; reset() it or make another"
+            )
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        """Attention `[B, heads, Q, E]` of the staged tokens over the cache; then commit."""
+        config = getattr(module, "config", None)
+        if config is not None and config is not self.context.host.config:
+            raise ValueError(
+                f"this cache was made for a {self.context.host.config.model_type!r} model and is used "
+                f"with another one ({config.model_type!r}): make one cache per model"
+            )
+        if self.staged is None or self.store is None:
+            raise RuntimeError(f"layer {self.layer_idx} is read before it is updated")
+        (keys, values), self.staged = self.staged, None
+        B, heads, Q, D = query.shape
+        H = keys.shape[1]
+        call = Call(query.reshape(B, H, heads // H, Q, D), scale, softcap)
+        if sink_logits is not None:
+            call.sink_logits = sink_logits.reshape(H, heads // H)
+        seen = self.columns - Q
+        columns = self.context.columns_at(seen)
+        columns = columns if columns is None else columns.to(keys.device)
+        self._set_masks(call, mask, seen, columns)
+        positions = self._positions(position_ids, B, Q, keys.device)
+
+        simple = Q == 1 and columns is None and not self.record_past and self.store.takes_token
+        if simple and call.past_mask is None:
+            out, forward = self.store.forward_token(keys, values, call, positions)
+        else:
+            out, forward = self.store.forward(keys, values, call, columns, positions)
+        if self.record_past:
+            self.pending = forward
+        else:
+            self.store.commit(forward)
+        if self.layer_idx == self.context.last:
+            self.context.opened_at = None
+        return out.reshape(B, heads, Q, -1).to(query.dtype)
+
+    def _set_masks(
+        self, call: Call, mask: Tensor | None, seen: int, columns: Tensor | None
+    ) -> None:
+        """Sort a mask into its parts: new x new from our mask function, or a user's own 4D mask."""
+        Q = call.query.shape[3]
+        if columns is not None:
+            call.voters = columns
+        if mask is None:
+            return
+        if mask.dtype != torch.bool:
+            mask = mask > torch.finfo(mask.dtype).min / 2
+        if self.context.masked_at == seen:
+            call.new_mask = mask[..., -Q:]
+            return
+        if self.context.recipe.evicts or self.store is None or self.store.sinks is not None:
+            raise ValueError(
+                f"a 4D attention mask {tuple(mask.shape)} addresses every column, but the recipe "
+                f"'{self.context.recipe}' evicts entries: pass a 2D mask, or a recipe without eviction"
+            )
+        if mask.shape[-1] != seen + Q:
+            raise ValueError(
+                f"the 4D attention mask has {mask.shape[-1]} columns, but the cache has seen {seen} "
+                f"tokens and gets {Q} more: pass all {seen + Q} columns"
+            )
+        call.new_mask = mask[..., seen:]
+        call.past_mask = mask[..., :seen] if seen else None
+
+    def _positions(
+        self, position_ids: Tensor | None, rows: int, new: int, device: torch.device
+    ) -> Tensor:
+        """`[B, Q]` position of each new token, as the model rotates it."""
+        if position_ids is None:
+            start = self.columns - new
+            return torch.arange(start, self.columns, device=device).expand(rows, new)
+        if position_ids.ndim == 3:  # several axes (multimodal rotary): the first is time
+            position_ids = position_ids[0]
+        return position_ids.to(device).expand(rows, -1)
+
+    def _accept_pending(self, drop: int = 0) -> None:
+        if self.pending is not None and self.store is not None:
+            forward, self.pending = self.pending, None
+            self.store.commit(forward, drop)
+
+    # -- dense tensors for models that cannot take handles ---------------------------------------
+
+    def _update_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.store is not None
+        B, H, Q, D = keys.shape
+        columns = self.context.columns_at(self.columns - Q)
+        columns = columns if columns is None else columns.to(keys.device)
+        positions = self._positions(self.context.position_ids, B, Q, keys.device)
+        past = self.store.dense()
+        call = Call(keys.new_zeros(B, H, 1, Q, D), 1.0)
+        forward = self.store.stage(keys, values, call, columns, positions)
+        if self.record_past:
+            self.pending = forward
+        else:
+            self.store.commit(forward)
+        if past is None:
+            return keys, values
+        return torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+
+    # -- what transformers asks ------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Tokens seen (columns, padding included), never the physical length."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.context.handles:
+            return query_length, self.columns
+        # update() accepts what is pending before it answers
+        self._accept_pending()
+        kept = 0 if self.store is None else int(self.store.stored.max())
+        return kept + query_length, self.columns - kept
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1  # the older name of get_max_length
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: `-n` removes n, a positive number is the length to keep.
+
+        Exact while they are unverified drafts or nothing was compressed since; attention that they
+        paid to older entries (h2o) is only taken back for drafts. Raises RuntimeError otherwise.
+        """
+        n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
+        if self.store is None or not 0 <= n <= self.columns:
+            if n:
+                raise ValueError(f"cannot remove {n} tokens: {self.columns} were seen")
+            return
+        if self.pending is not None and n <= self.pending.block.longest:
+            self._accept_pending(drop=n)
+        elif n:
+            self._accept_pending()
+            self.store.drop_newest(n)
+        self.columns -= n
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.store is not None:
+            rows = torch.arange(self.store.tail.keys.shape[0])
+            self._rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._rows(indices)
+
+    def _rows(self, index: Tensor) -> None:
+        if self.store is not None:
+            self._accept_pending()
+            self.store.rows(index)
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.store is None else self.store.tail.keys.shape[0]
+
+    def abort(self, columns: int) -> bool:
+        """Go back to `columns` after a forward broke off; False if that is no longer possible."""
+        if self.columns == columns:
+            return True
+        Q = self.columns - columns
+        self.columns = columns
+        if self.staged is not None or self.pending is not None:
+            self.staged = self.pending = None
+            return True
+        try:
+            if self.store is not None:
+                self.store.drop_newest(Q)
+        except RuntimeError:
+            return False
+        return True

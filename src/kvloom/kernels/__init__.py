@@ -1,0 +1,1 @@
+"""Attention over compressed entries: the definition (`reference`) and the fast paths (`ops`)."""

@@ -1,0 +1,143 @@
+"""Which implementation serves a call. `KVLOOM_BACKEND=reference|torch` forces one.
+
+A forced backend that cannot serve a call raises with the reason; without force the fastest
+backend that can is taken.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from kvloom.kernels import reference, torch_cpu
+
+BACKENDS = ("reference", "torch")
+_BLOCK_ELEMENTS = 1 << 24  # logits held at once by the matmul path: 64 MiB in fp32
+
+
+def forced_backend() -> str | None:
+    """The backend demanded by `KVLOOM_BACKEND`, or None. Raises ValueError on an unknown name."""
+    name = os.environ.get("KVLOOM_BACKEND")
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"KVLOOM_BACKEND={name!r} is unknown; use one of {', '.join(BACKENDS)}")
+    return name
+
+
+def partial_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.partial_attention`; long queries are served in blocks."""
+    reason = _torch_refusal(query, keys, values, softcap)
+    if reason is None:
+        return torch_cpu.partial_attention(query, keys, values, scale=scale, bias=bias, mask=mask)
+    return _blocked(query, keys, values, scale=scale, softcap=softcap, bias=bias, mask=mask)
+
+
+def causal_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A chunk's attention to itself. `mask` `[B, 1, Q, Q]` (True: attend) replaces plain causality."""
+    if mask is None and _torch_refusal(query, keys, values, softcap) is None:
+        return torch_cpu.causal_attention(query, keys, values, scale=scale)
+    if mask is None:
+        mask = causal_mask(query.shape[-2], query.device)
+    return partial_attention(query, keys, values, scale=scale, softcap=softcap, mask=mask)
+
+
+def attention_mass(
+    query: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    voters: Tensor | None = None,
+) -> Tensor:
+    """See `reference.attention_mass`; accumulated in query blocks, no Q x S matrix is kept."""
+    step = _block(query, keys)
+    total = query.new_zeros(*keys.shape[:-1], dtype=torch.float32)
+    for i in range(0, query.shape[-2], step):
+        part = slice(i, i + step)
+        total += reference.attention_mass(
+            query[..., part, :],
+            keys,
+            lse[..., part],
+            scale=scale,
+            softcap=softcap,
+            bias=bias,
+            mask=None if mask is None else mask[..., part, :],
+            voters=None if voters is None else voters[:, part],
+        )
+    return total
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """`[1, 1, length, length]`, True where a query may look."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+
+
+combine = reference.combine
+
+
+def _torch_refusal(
+    query: Tensor, keys: Tensor, values: Tensor, softcap: float | None
+) -> str | None:
+    forced = forced_backend()
+    if forced == "reference":
+        return "KVLOOM_BACKEND=reference"
+    reason = torch_cpu.why_not(query, keys, values, softcap)
+    if reason is not None and forced == "torch" and keys.shape[-2] > 0:
+        raise RuntimeError(f"KVLOOM_BACKEND=torch cannot serve this call: {reason}")
+    return reason
+
+
+def _block(query: Tensor, keys: Tensor) -> int:
+    rows = keys.shape[0] * keys.shape[1] * query.shape[2] * max(1, keys.shape[-2])
+    return max(1, _BLOCK_ELEMENTS // max(1, rows))
+
+
+def _blocked(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    step = _block(query, keys)
+    if step >= query.shape[-2]:
+        return reference.partial_attention(
+            query, keys, values, scale=scale, softcap=softcap, bias=bias, mask=mask
+        )
+    parts = [
+        reference.partial_attention(
+            query[..., i : i + step, :],
+            keys,
+            values,
+            scale=scale,
+            softcap=softcap,
+            bias=bias,
+            mask=None if mask is None else mask[..., i : i + step, :],
+        )
+        for i in range(0, query.shape[-2], step)
+    ]
+    return torch.cat([out for out, _ in parts], -2), torch.cat([lse for _, lse in parts], -1)

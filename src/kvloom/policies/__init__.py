@@ -1,0 +1,1 @@
+"""Policies: `evict` (scorers), `allocate` (budgets over layers and heads), `merge` (losers)."""

@@ -1,0 +1,1 @@
+"""Allocators: how a budget is split over layers and heads."""

@@ -1,0 +1,1 @@
+"""Scorers: one paper, one file."""

@@ -1,0 +1,59 @@
+"""StreamingLLM: keep the first tokens and the newest ones (Xiao et al., arXiv:2309.17453).
+
+    keep(t) = {0 .. S-1}  u  {t-W+1 .. t}
+
+The first tokens act as attention sinks; without them perplexity explodes once they fall out of a
+sliding window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvloom.core.entries import Entries
+from kvloom.core.policy import Scorer, check
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Scorer):
+    """Sinks and a recent window.
+
+    Attributes:
+        sinks: S, the first valid tokens of each row, pinned.
+        recent: W, newest tokens always kept; None takes what the budget leaves.
+        positions: `"in_cache"` as in the paper: an entry's position is its place in the cache, so
+            that distances never exceed S + W; `"original"`: entries keep their own positions.
+
+    Deviation: the paper caches pre-RoPE keys and rotates them at every step. RoPE is relative, so
+    here the keys stay rotated at their own positions and, for the sinks alone, the query is
+    rotated by the gap instead, which is the same algebra at no cost per key.
+    """
+
+    sinks: int = 4
+    recent: int | None = None
+    positions: str = "in_cache"
+
+    def __post_init__(self) -> None:
+        check(self, isinstance(self.sinks, int) and self.sinks >= 0, "sinks must be >= 0")
+        check(self, self.recent is None or self.recent >= 1, "recent must be at least 1")
+        check(self, self.positions in ("in_cache", "original"), "positions: in_cache or original")
+
+    @property
+    def pinned(self) -> int:
+        return self.sinks
+
+    @property
+    def capacity(self) -> int | None:
+        return None if self.recent is None else self.sinks + self.recent
+
+    @property
+    def in_cache(self) -> bool:
+        return self.positions == "in_cache"
+
+    def score(self, entries: Entries) -> Tensor:
+        """The order of arrival."""
+        steps = torch.arange(entries.valid.shape[-1], device=entries.valid.device)
+        return steps.expand(entries.valid.shape)

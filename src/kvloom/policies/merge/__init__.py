@@ -1,0 +1,1 @@
+"""Mergers: what happens to evicted entries."""
