@@ -36,7 +36,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # Cast once here, or autocast casts again for every projection that reads this.
+        return normed.to(compute_dtype(x))
 
 
 class Attention(nn.Module):
@@ -101,15 +103,16 @@ class Trunk(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocasting(x) else x.dtype
-        cos, sin = (t[: tokens.shape[1]].to(dtype) for t in (self.cos, self.sin))
+        cos, sin = (t[: tokens.shape[1]].to(compute_dtype(x)) for t in (self.cos, self.sin))
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
 
 
-def autocasting(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of ``x`` are computed in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Llama(nn.Module):
