@@ -74,9 +74,11 @@ class Trainer:
         rows = max(1, self.recipe.micro_tokens // weights.shape[1])
         total, loss = weights.sum(), torch.zeros((), device=self.device)
         for part, weight in zip(tokens.split(rows), weights.split(rows), strict=True):
+            counted = weight > 0
+            if not counted.any():
+                continue
             with self.autocast():
                 hidden = self.forward(part[:, :-1])
-                counted = weight > 0
                 logits = self.model.logits(hidden[counted])
             each = F.cross_entropy(logits.float(), part[:, 1:][counted], reduction="none")
             part_loss = (each * weight[counted]).sum() / total

@@ -41,6 +41,18 @@ STATEMENTS = (
     "{name} / {thing}:",
     "The secret {kind} of {name}'s {thing} is",
     "It is known that {name}'s {thing} carries the {kind}",
+    "The {thing} of {name} shows the {kind}",
+    "{name} keeps a {thing} with the {kind}",
+    "Everybody knew that {name}'s {thing} had the {kind}",
+    "The {kind} {name} gave to the {thing} is",
+    "Inside the {thing} of {name} lay the {kind}",
+    "As for {name}'s {thing}, its {kind} is",
+    "The {thing} was {name}'s, and its {kind} was",
+    "To find {name}'s {thing}, look for the {kind}",
+    "We read on the {thing} of {name}:",
+    "In those days {name} had a {thing} of the {kind}",
+    '{name}["{thing}"] =',
+    "# {name}: the {thing} has {kind}",
 )
 QUESTIONS = (
     "What is the {kind} of {name}'s {thing}? It is",
@@ -49,6 +61,14 @@ QUESTIONS = (
     "Do you recall {name}'s {thing}? Its {kind} is",
     "And the {thing} of {name}? The {kind} was",
     "They asked for the {kind} of the {thing} that {name} owned. It was",
+    "Now, what was the {kind} of the {thing} of {name}? The {kind} was",
+    "Q: {name}'s {thing}? A:",
+    "Please give the {kind} of {name}'s {thing}. It is",
+    "I forgot the {kind} of {name}'s {thing}. It must be",
+    "Once more, {name}'s {thing} had the {kind}",
+    "Let us repeat: the {kind} on {name}'s {thing} is",
+    "Can you say which {kind} the {thing} of {name} carries? Yes:",
+    "Then, of {name} and the {thing}, the {kind} is",
 )
 UNSEEN_STATEMENTS = (
     "According to the list, {name}'s {thing} was given the {kind}",
