@@ -18,9 +18,8 @@ import torch
 
 from training.config import Recipe
 
-COLUMNS = (
-    "step tokens length lr_scale loss wall_s tokens_per_cpu_s recall recall_unseen held_out_loss"
-).split()
+COLUMNS = ["step", "tokens", "length", "lr_scale", "loss", "wall_s", "tokens_per_cpu_s"]
+COLUMNS += ["recall", "recall_unseen", "held_out_loss"]
 
 
 class Log:

@@ -12,9 +12,10 @@ import pytest
 # training/ is not part of the installed package: it is found from the checkout.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from kvloom.testbed import phrases
 from training import config, tokenizer
 from training.corpus import Corpus
+
+from kvloom.testbed import phrases
 
 PROSE = (
     "It was late in the evening when the captain came down to the harbour. "

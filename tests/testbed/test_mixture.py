@@ -4,13 +4,13 @@ import random
 
 import numpy as np
 import pytest
-
-from kvloom.testbed import phrases
 from training.batches import schedule
 from training.config import Recipe
 from training.corpus import Corpus
 from training.mixture import Mixture
 from training.tokenizer import BEGIN_ID
+
+from kvloom.testbed import phrases
 
 KINDS = ("text", "repeat", "copy", "questions", "needle", "key_values")
 WEIGHT = 4.0

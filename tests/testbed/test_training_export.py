@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from training import checkpoint, config, export, report
 from training.corpus import Corpus
 from training.evaluate import evaluate
 from training.train import Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "cpu.toml"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-
 from training import checkpoint
 from training.config import Optimizer, Recipe
 from training.corpus import Corpus
@@ -21,10 +20,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def restored_signals() -> Iterator[None]:
-    """``run`` takes over the signals of its process; give them back."""
+def training_session() -> Iterator[None]:
+    """Gradients on; and ``run`` takes over the signals of its process: give them back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
+    with torch.enable_grad():
+        yield
     for number, handler in before.items():
         signal.signal(number, handler)
 

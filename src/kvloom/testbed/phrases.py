@@ -8,24 +8,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NAMES = tuple(
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "Clara Henry Martha Oliver Grace Walter Alice Edmund Florence Hugo Ivy Jasper Lydia Nathan "
     "Phoebe Ralph Sylvia Tobias Ursula Vincent Agnes Bernard Cecilia Daniel Esther Felix Gilbert "
     "Hannah Isaac Judith Kenneth Louisa Maurice Nora Oscar Priscilla Quentin Rebecca Samuel Teresa "
-    "Ulrich Victoria Winston Yvonne Zachary Amelia Bruno Charlotte Desmond Eleanor".split()
+    "Ulrich Victoria Winston Yvonne Zachary Amelia Bruno Charlotte Desmond Eleanor"
 )
-THINGS = tuple(
+THINGS = _words(
     "key box door room letter garden ship horse tower bridge lamp mill ring watch coat chest boat "
     "table chair window mirror basket wagon candle bottle desk drawer gate clock piano hat cellar "
     "ladder bell trunk map picture cup carpet stable cabin locker ticket purse barrel fence kettle "
-    "saddle blanket violin".split()
+    "saddle blanket violin"
 )
-WORDS = tuple(
+WORDS = _words(
     "red blue green silver golden white black yellow river stone winter summer forest island "
     "mountain castle valley meadow thunder apple cherry lemon honey butter sugar pepper copper "
     "iron marble velvet cotton feather shadow morning evening harbour village market church school "
     "soldier captain doctor farmer teacher king queen prince sister brother mother father dog cat "
-    "wolf lion bear eagle swan rabbit fish bread water fire wind snow rain star moon sun".split()
+    "wolf lion bear eagle swan rabbit fish bread water fire wind snow rain star moon sun"
 )
 
 STATEMENTS = (

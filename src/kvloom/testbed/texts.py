@@ -62,8 +62,8 @@ def local_texts(path: str | Path) -> Iterator[str]:
             if file.suffix in SUFFIXES and file.is_file():
                 yield read(file)
     elif path.name.endswith((".jsonl", ".jsonl.xz")):
-        opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open()
-        with opened as lines:
+        opener = lzma.open if path.suffix == ".xz" else open
+        with opener(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)["text"]
     elif path.is_file():
