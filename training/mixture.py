@@ -82,6 +82,31 @@ class Mixture:
         tokens = (span * (length // size + 1))[:length]
         return tokens, [0.0] * size + [1.0] * (length - size)
 
+    def associate(self, rng: random.Random, length: int) -> Span:
+        """Random keys with random values, all framed by the same random words; then keys again.
+
+        The way from ``repeat`` to ``questions``: what precedes a value is alike everywhere, so that
+        the key, a few tokens back, must be matched and not the last token.
+        """
+        out, known = Builder(), []
+        limit = rng.randint(2, max(3, length // 20))
+        before, between = self._random(rng, 0, 3), self._random(rng, 0, 6)
+        digits = self.encode("0123456789")
+        values = digits if rng.random() < 0.5 else self._random(rng, 32, 32)
+        key_size, value_size = rng.randint(1, 3), rng.randint(1, 5)
+        while len(out.tokens) < length:
+            if fresh := len(known) < limit and rng.random() < max(0.4, 2 - len(known)):
+                known.append(
+                    (self._random(rng, key_size, key_size), rng.choices(values, k=value_size))
+                )
+            key, value = known[-1] if fresh else rng.choice(known)
+            out.add([*before, *key, *between], 0.0)
+            out.add(value, 0.0 if fresh else self.recipe.answer_weight)
+        return out.tokens, out.weights
+
+    def _random(self, rng: random.Random, least: int, most: int) -> list[int]:
+        return [rng.randrange(2, self.vocab) for _ in range(rng.randint(least, most))]
+
     def copy(self, rng: random.Random, length: int) -> Span:
         """Natural text in which one passage comes again later."""
         tokens = self.excerpt(rng, length)

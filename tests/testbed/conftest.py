@@ -47,7 +47,9 @@ def recipe(corpus: Corpus) -> config.Recipe:
         head_dim=16,
         max_positions=256,
     )
-    mixture = dict.fromkeys(("text", "repeat", "copy", "questions", "needle", "key_values"), 1.0)
+    mixture = dict.fromkeys(
+        ("text", "repeat", "associate", "copy", "questions", "needle", "key_values"), 1.0
+    )
     stage = config.Stage(until=1536, batch_tokens=512, lengths={64: 1.0, 128: 1.0}, mixture=mixture)
     return config.Recipe(
         seed=1,

@@ -12,7 +12,7 @@ from training.tokenizer import BEGIN_ID
 
 from kvloom.testbed import phrases
 
-KINDS = ("text", "repeat", "copy", "questions", "needle", "key_values")
+KINDS = ("text", "repeat", "associate", "copy", "questions", "needle", "key_values")
 WEIGHT = 4.0
 
 
@@ -33,7 +33,7 @@ def test_every_kind_fills_the_length_and_begins_with_the_begin_token(
         assert weights[0] == 0
 
 
-@pytest.mark.parametrize("kind", ["questions", "needle", "key_values"])
+@pytest.mark.parametrize("kind", ["associate", "questions", "needle", "key_values"])
 def test_an_answer_counts_only_where_it_stands_earlier(mixture: Mixture, kind: str) -> None:
     found = 0
     for seed in range(10):
