@@ -150,7 +150,7 @@ TILE = 32  # slots that a format with shared scales can free together
 def _tile_mean(scores: Tensor, valid: Tensor) -> Tensor:
     """Every slot's score replaced by the mean over the live slots of its tile."""
     total = scores.masked_fill(~valid, 0).unflatten(-1, (-1, TILE)).sum(-1)
-    mean = total / valid.unflatten(-1, (-1, TILE)).sum(-1)  # 0 / 0: a dead tile
+    mean: Tensor = total / valid.unflatten(-1, (-1, TILE)).sum(-1)  # 0 / 0: a dead tile
     return mean.nan_to_num(nan=float("-inf"), posinf=float("inf")).repeat_interleave(TILE, -1)
 
 

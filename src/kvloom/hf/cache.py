@@ -57,7 +57,8 @@ class CompressedCache(Cache):
         self.recipe = Recipe.parse(recipe)
         self.budget = None if budget is None else Budget.parse(budget)
         is_model = isinstance(model, nn.Module)
-        config = (model.config if is_model else model).get_text_config(decoder=True)
+        source: Any = model.config if is_model else model
+        config = source.get_text_config(decoder=True)
         host = Host(model if is_model else None, config)
         kinds, kwargs = get_layer_types_and_kwargs(config)
         compressed = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
@@ -119,7 +120,8 @@ class CompressedCache(Cache):
             if isinstance(layer, CompressedLayer):
                 whole = layer.abort(start)
             else:
-                whole = layer.get_seq_length() == start
+                length = getattr(layer, "get_seq_length", None)  # linear layers have none
+                whole = length is not None and length() == start
             if not whole:
                 self._broken = (
                     f"a forward broke off after layer {index} had compressed or slid past it; the "

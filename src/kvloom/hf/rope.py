@@ -51,7 +51,7 @@ def rope_of(model: nn.Module, layer: int) -> RopeSpec:
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if inv_freq is None or apply is None:
         raise ValueError(f"{type(rotary).__name__}: no inv_freq or apply_rotary_pos_emb to probe")
-    return _matching(rotary, module, apply, inv_freq.detach().float().cpu(), float(scale))
+    return _matching(rotary, module, apply, inv_freq.detach().float().cpu(), float(scale or 1.0))
 
 
 def _matching(
