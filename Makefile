@@ -1,0 +1,68 @@
+# `make demo` and `make test` do all set-up on a fresh machine; nothing needs to be activated.
+
+PYTHON ?= python3
+JOBS   ?= auto# xdist workers, at most 8
+ARGS   ?=#      more arguments for pytest, e.g. ARGS="-k h2o"
+
+BIN    := .venv/bin
+OLDEST := .venv-oldest/bin
+READY  := .venv/.ready
+PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
+
+# One thread per worker: the tests are small, and threads of several workers fight for the cores.
+test test-all test-oldest: export OMP_NUM_THREADS = 1
+export TOKENIZERS_PARALLELISM = false
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test test-all test-oldest lint types format clean
+
+help:
+	@echo 'make demo         a short generate with compressed caches, and what each held in bytes'
+	@echo 'make test         the tests (a few minutes on 2 cores)'
+	@echo 'make test-all     the full product of families, modes, policies and formats (long)'
+	@echo 'make test-oldest  a part of the tests on the oldest supported transformers'
+	@echo 'make lint types   ruff, mypy; `make format` applies what ruff can'
+	@echo 'make clean        remove the environments and caches'
+
+demo: $(READY)
+	@HF_HUB_OFFLINE=1 $(BIN)/kvloom demo
+
+test: $(READY)
+	@HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m "not full" $(ARGS)
+
+test-all: $(READY)
+	@HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m "full or not full" $(ARGS)
+
+test-oldest: .venv-oldest/.ready
+	@HF_HUB_OFFLINE=1 $(OLDEST)/python $(PYTEST) -m "oldest and not full" $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	@echo 'Setting up .venv (once; torch takes a minute or two)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The same versions, except for transformers.
+.venv-oldest/.ready: pyproject.toml constraints.txt
+	@echo 'Setting up .venv-oldest (once)'
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/^transformers==.*/transformers==5.17.*/' constraints.txt > .venv-oldest/constraints.txt
+	$(OLDEST)/python -m pip install -q -c .venv-oldest/constraints.txt torch==2.13.0
+	$(OLDEST)/python -m pip install -q -c .venv-oldest/constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find src tests training benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
