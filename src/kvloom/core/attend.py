@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvloom.core.block import Block, uniform
+from kvloom.core.block import Block
 from kvloom.core.format import PAGE
 from kvloom.kernels import ops
 
@@ -57,8 +57,10 @@ class Tier:
 ALL = slice(None)
 
 
-def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Tensor]:
+def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Tensor | None]:
     """`(out [B, H, G, Q, E], lse [B, H, G, Q])` over everything the layer holds and `new`.
+
+    `lse` is None unless the recipe observes attention.
 
     `new` are the tokens of this forward as a causal chunk, or None if they are in the tail.
     """
@@ -70,9 +72,9 @@ def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Te
     for slab in store.pool.slabs if store.pool else ():
         parts.append(_slab_partial(store, slab, call))
     parts += [_partial(tier, call, call.query) for tier in _exact_tiers(store, call, new)]
-    if len(parts) == 1 and call.sink_logits is None:
-        return parts[0]
-    return ops.combine(parts, call.sink_logits)
+    if store.observes or call.sink_logits is not None:
+        return ops.combine(parts, call.sink_logits)
+    return ops.combine_outputs(parts), None
 
 
 def _partial(tier: Tier, call: Call, query: Tensor) -> Partial:
@@ -130,7 +132,7 @@ def _block_tier(block: Block, causal: bool = False) -> Tier | None:
     if n == 0:
         return None
     bias = None
-    if uniform(block.count) is None:
+    if block.size is None:
         bias = torch.zeros(*block.count.shape, n, device=block.keys.device)
         bias = bias.masked_fill(~block.valid(n), float("-inf"))
     if "mass" in block.meta:

@@ -7,7 +7,6 @@ real. Counts live on the host, so that deciding what to do next never waits for 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,7 +34,6 @@ def take_slots(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[..., None].expand(*index.shape, x.shape[3]))
 
 
-@dataclass
 class Block:
     """Exact entries of all rows and heads.
 
@@ -43,20 +41,33 @@ class Block:
         keys: `[B, H, C, D]`, values: `[B, H, C, E]`; C is the capacity.
         count: host int64 `[B, H]`, how many of the C slots are in use.
         meta: per-slot tensors `[B, H, C]`: `positions`, `mass` (log), and scorers' slot state.
+        size: the common value of `count`, or None if it is ragged. longest: its maximum.
     """
 
-    keys: Tensor
-    values: Tensor
-    count: Tensor
-    meta: dict[str, Tensor] = field(default_factory=dict)
+    __slots__ = ("_count", "keys", "longest", "meta", "size", "values")
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, count: Tensor, meta: dict[str, Tensor] | None = None
+    ):
+        self.keys, self.values, self.meta = keys, values, {} if meta is None else meta
+        self.count = count
+
+    @property
+    def count(self) -> Tensor:
+        """Entries in use per (row, head)."""
+        return self._count
+
+    @count.setter
+    def count(self, count: Tensor) -> None:
+        values = count.flatten().tolist()
+        self._count = count
+        self.longest: int = max(values, default=0)
+        self.size: int | None = self.longest if min(values, default=0) == self.longest else None
 
     @property
     def capacity(self) -> int:
+        """Slots allocated."""
         return self.keys.shape[2]
-
-    @property
-    def longest(self) -> int:
-        return int(self.count.max()) if self.count.numel() else 0
 
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values, self.count, *self.meta.values()]
@@ -109,7 +120,7 @@ class Block:
         if other.longest == 0:
             return self.span(torch.zeros_like(self.count), self.count)
         count = self.count + other.count
-        mine, theirs = uniform(self.count), uniform(other.count)
+        mine, theirs = self.size, other.size
         if mine is not None and theirs is not None:
             pair = _join_uniform(mine, theirs)
         else:
@@ -120,7 +131,7 @@ class Block:
 
     def append_token(self, token: Block) -> None:
         """Append one entry per (row, head) in place; the caller has made room."""
-        size = uniform(self.count)
+        size = self.size
         pairs = [(self.keys, token.keys), (self.values, token.values)]
         pairs += [(self.meta[name], token.meta[name]) for name in self.meta]
         if size is not None:

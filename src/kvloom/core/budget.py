@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -65,13 +66,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class CellCost:
-    """What the entries of one (row, KV head) cost at most, after a commit.
+    """What the entries of a layer cost at most, after a commit.
+
+    A cell is one (row, KV head). Exact tiers and per-slot metadata are rectangular tensors, so every
+    cell reserves what the largest one needs; sealed pages are counted cell by cell.
 
     Attributes:
         sinks, centroids: exact slots reserved from the start.
         residual: newest entries that stay exact beyond the page being filled.
         exact_slot: bytes of an exact slot. centroid_slot: bytes of a centroid.
-        page: bytes of one sealed page with its per-slot metadata.
+        page: bytes of one sealed page. page_meta: bytes of its per-slot metadata.
         overhead: bytes of host counters and page tables.
         dense_slot: bytes of a token in a 16-bit dense cache.
     """
@@ -82,52 +86,53 @@ class CellCost:
     exact_slot: int
     centroid_slot: int
     page: int
+    page_meta: int
     overhead: int
     dense_slot: int
 
     # Beyond the live pages a cell may hold: one page of dead slots and one spare page, and half a
-    # page that waits until compaction pays (`LayerStore._settle`).
-    SLACK_PAGES = 2.5
-
-    @property
-    def fixed(self) -> int:
-        return self.sinks * self.exact_slot + self.centroids * self.centroid_slot + self.overhead
+    # page that waits until compaction pays (`LayerStore._reclaim`).
+    SLACK_PAGES: ClassVar[float] = 2.5
 
     def tail_slots(self, entries: int) -> int:
         """Capacity of the exact tail when a cell may hold `entries` evictable entries."""
-        return _granules(min(entries, PAGE + self.residual))
+        return -(-min(entries, PAGE + self.residual) // GRANULE) * GRANULE
 
-    def nbytes(self, entries: int) -> int:
-        """Upper bound of bytes when the cell holds at most `entries` (sinks included)."""
-        free = max(0, entries - self.sinks)
-        total = self.fixed + self.tail_slots(free) * self.exact_slot
-        if free >= PAGE + self.residual:
-            total += int((-(-(free - self.residual) // PAGE) + self.SLACK_PAGES) * self.page)
-        return total
+    def pages(self, entries: int) -> float:
+        """Sealed pages, slack included, when a cell may hold `entries` evictable entries."""
+        if entries < PAGE + self.residual:
+            return 0.0
+        return -(-(entries - self.residual) // PAGE) + self.SLACK_PAGES
+
+    def nbytes(self, peaks: Tensor) -> int:
+        """Upper bound of a layer's bytes when its cells hold at most `peaks` (sinks included)."""
+        free = [max(0, n - self.sinks) for n in peaks.flatten().tolist()]
+        pages = [self.pages(n) for n in free]
+        tail = max(self.tail_slots(n) for n in free)
+        exact = (self.sinks + tail) * self.exact_slot + self.centroids * self.centroid_slot
+        each = exact + self.overhead + max(pages) * self.page_meta
+        return int(len(free) * each + sum(pages) * self.page)
 
     def entries(self, budget: float) -> int:
-        """The most entries whose bound is within `budget` bytes; 0 if not even one fits."""
+        """The most entries of one cell within `budget` bytes; 0 if not even one fits."""
+
+        def fits(n: int) -> bool:
+            return self.nbytes(torch.tensor([self.sinks + n])) <= budget
+
         low, high = 0, 1
-        while self.nbytes(self.sinks + high) <= budget and high < 1 << 40:
+        while fits(high) and high < 1 << 40:
             low, high = high, high * 2
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (
-                (middle, high) if self.nbytes(self.sinks + middle) <= budget else (low, middle)
-            )
+            low, high = (middle, high) if fits(middle) else (low, middle)
         return self.sinks + low if low else 0
 
-
-def _granules(slots: int) -> int:
-    return -(-slots // GRANULE) * GRANULE
-
-
-def cell_shares(budget: float, shares: Tensor, rows: int) -> Tensor:
-    """Split bytes over rows equally and over (layer, head) by `shares [L, H]`: fp64 `[L, H]`."""
-    return budget / rows * shares / shares.sum()
-
-
-def entries_for(cost: CellCost, cells: Tensor) -> Tensor:
-    """`cost.entries` for each cell budget in `cells` (host), int64 of the same shape."""
-    flat = [cost.entries(float(x)) for x in cells.flatten().tolist()]
-    return torch.tensor(flat, dtype=torch.int64).view(cells.shape)
+    def solve(self, cells: Tensor) -> Tensor:
+        """The most entries of cells with these byte budgets (host fp64 `[H]`), together in budget."""
+        limit, scale = float(cells.sum()), 1.0
+        while True:
+            solved = {b: self.entries(b * scale) for b in set(cells.tolist())}
+            peaks = torch.tensor([solved[b] for b in cells.tolist()], dtype=torch.int64)
+            if self.nbytes(peaks) <= limit or int(peaks.max()) <= self.sinks + 1:
+                return peaks
+            scale *= 0.97

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.block import GRANULE
-from kvloom.core.budget import DENSE_BYTES, Budget, CellCost, cell_shares, entries_for
+from kvloom.core.budget import DENSE_BYTES, Budget, CellCost
 from kvloom.core.format import PAGE, Layout, PageFormat
 from kvloom.core.policy import Allocator
 from kvloom.core.recipe import Recipe
@@ -96,8 +96,9 @@ class LayerPlan:
             residual=self.format.residual,
             exact_slot=width * size + meta,
             centroid_slot=width * CENTROID_DTYPE.itemsize + 2 * 4,
-            page=self.layout.page_nbytes() + PAGE * (page_meta + alive),
-            overhead=16 * torch.int64.itemsize,
+            page=self.layout.page_nbytes(),
+            page_meta=PAGE * (page_meta + alive),
+            overhead=24 * torch.int64.itemsize,
             dense_slot=width * DENSE_BYTES,
         )
 
@@ -132,31 +133,27 @@ class LayerPlan:
         if self.budget.kind == "tokens":
             return self._scaled(int(self.budget.amount), shares).expand(len(seen), -1)
         if self.budget.kind == "bytes":
-            cells = cell_shares(self.budget.amount, self.shares, len(seen))[self.layer]
-            return self._affordable(cells).expand(len(seen), -1)
+            return self._affordable(self.budget.amount / len(seen)).expand(len(seen), -1)
         dense = self.cost.dense_slot * self.layers * self.heads
-        rows = [
-            self._affordable(
-                cell_shares(self.budget.amount * dense * n, self.shares, 1)[self.layer]
-            )
-            for n in seen.tolist()
-        ]
+        rows = [self._affordable(self.budget.amount * dense * n) for n in seen.tolist()]
         return torch.stack(rows)
 
     def _scaled(self, entries: int, shares: Tensor) -> Tensor:
         scaled = ((entries - self.sinks) * shares).floor().long() + self.sinks
         return scaled.clamp_min(self.sinks + 1)
 
-    def _affordable(self, cells: Tensor) -> Tensor:
-        """The largest C whose peak is within each cell's bytes."""
-        room = entries_for(self.cost, cells)
+    def _affordable(self, row_bytes: float) -> Tensor:
+        """The largest C per head whose peak is within this layer's share of a row's bytes.
+
+        Rows are worked out one by one, so that a row keeps the same entries in any batch.
+        """
+        cells = row_bytes * self.shares[self.layer] / self.shares.sum()
         extra = int(self.recipe.schedule.peak(torch.zeros(1, dtype=torch.int64)))
-        return (room - extra).clamp_min(self.least)
+        return (self.cost.solve(cells) - extra).clamp_min(self.least)
 
     def floor(self) -> int:
         """The least bytes of the whole cache for one row: `least` entries in every head."""
-        capacity = torch.full((self.layers, self.heads), self.least)
-        return self.ceiling(capacity)
+        return self.layers * self.ceiling(torch.full((1, self.heads), self.least))
 
     def check(self) -> None:
         """Raise ValueError if recipe and budget do not fit each other."""
@@ -201,5 +198,4 @@ class LayerPlan:
 
     def ceiling(self, capacity: Tensor) -> int:
         """Bytes that heads of these capacities `[B, H]` hold at most after a commit."""
-        peak = self.recipe.schedule.peak(capacity)
-        return sum(self.cost.nbytes(int(n)) for n in peak.flatten().tolist())
+        return self.cost.nbytes(self.recipe.schedule.peak(capacity))

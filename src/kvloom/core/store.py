@@ -103,6 +103,7 @@ class LayerStore:
         out = [self.seen, self.since, self.next_position, *self.tail.tensors()]
         for block in (self.sinks, self.centroids):
             out += block.tensors() if block is not None else []
+        out += [] if self._capacity is None else [self._capacity]
         return out + self.pool.tensors()
 
     def dense(self) -> tuple[Tensor, Tensor] | None:
@@ -195,11 +196,12 @@ class LayerStore:
             before = (forward.tokens - 1).to(self.device)
             self.next_position = positions[:, -1].to(torch.int64) - before
         out, lse = attend(self, call, forward.block)
-        forward.lse = lse if self._observes else None
+        forward.lse = lse
         return out, forward
 
     @property
-    def _observes(self) -> bool:
+    def observes(self) -> bool:
+        """Whether a policy wants to see attention."""
         return "attention_mass" in self.plan.recipe.needs
 
     def forward_token(
@@ -218,12 +220,12 @@ class LayerStore:
             self.tail = self.tail.shrunk(before)
             raise
         tokens = torch.ones(keys.shape[0], dtype=torch.int64)
-        return out, Forward(token, call, tokens, lse if self._observes else None, in_tail=True)
+        return out, Forward(token, call, tokens, lse, in_tail=True)
 
     @property
     def takes_token(self) -> bool:
         """Whether a single new token may go straight into the tail (the sinks are full)."""
-        return self.sinks is None or bool((self.sinks.count == self.plan.sinks).all())
+        return self.sinks is None or self.sinks.size == self.plan.sinks
 
     def commit(self, forward: Forward, drop: int = 0) -> None:
         """Make the new tokens part of the cache: append, observe, select, merge, seal.
@@ -246,8 +248,9 @@ class LayerStore:
     def _observe(self, forward: Forward, new: Block | None) -> None:
         """Let the scorer see this forward's attention, and update all slot state."""
         scorer = self.plan.recipe.scorer
-        if scorer is None or forward.lse is None:
+        if scorer is None or not self.observes:
             return
+        assert forward.lse is not None
         received = attention_mass(self, forward.call, new, forward.lse)
         start = 0
         holders: list[tuple[dict[str, Tensor], int]] = [
@@ -304,8 +307,8 @@ class LayerStore:
                     raise
                 self.since = self.since.masked_fill(due, 0)
             limit = self._page_limit(capacity)
-        pages = (pending.count - self.plan.format.residual).clamp_min(0) // PAGE
-        if bool((pages > 0).any()):
+        if pending.longest >= PAGE + self.plan.format.residual:
+            pages = (pending.count - self.plan.format.residual).clamp_min(0) // PAGE
             self._seal(pending, pages, limit)
         elif pending is not self.tail:
             self.tail = pending.owned(pending.longest)

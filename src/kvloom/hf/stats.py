@@ -136,7 +136,8 @@ def _parts(layer: Any) -> dict[str, list[Tensor]]:
     parts["centroids"] = [] if store.centroids is None else store.centroids.tensors()
     parts["staged"] = list(layer.staged or ())
     parts["staged"] += [] if layer.pending is None else layer.pending.block.tensors()
-    parts["counters"] = [store.seen, store.since, store.next_position]
+    known = {id(t) for tensors in parts.values() for t in tensors}
+    parts["counters"] = [t for t in store.tensors() if id(t) not in known]
     return parts
 
 
