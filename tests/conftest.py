@@ -10,6 +10,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the models are tiny, and the workers of xdist share the cores
+
 
 @pytest.fixture(autouse=True)
 def _inference():

@@ -90,7 +90,7 @@ class CompressedCache(Cache):
         if layer_idx == 0:
             self._open()
         try:
-            self.context.check_finite(key_states, value_states)
+            self.context.check_finite(key_states.detach(), value_states.detach())
             result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception:
             self.roll_back()
