@@ -185,7 +185,7 @@ class Mixture:
     def _ask(self, rng: random.Random, out: Builder, fact: Fact, stated: str) -> None:
         """Ask as it was stated, or in any other way; the answer's tokens carry the weight."""
         others = phrases.QUESTIONS + phrases.STATEMENTS
-        phrasing = stated if rng.random() < 0.35 else rng.choice(others)
+        phrasing = stated if rng.random() < 0.5 else rng.choice(others)
         out.add(self.encode("\n" + fact.prefix(phrasing)), 0.0)
         out.add(self.encode(f" {fact.value}"), self.recipe.answer_weight)
         out.add(self.encode(".\n"), 1.0)

@@ -74,14 +74,13 @@ class Trainer:
         rows = max(1, self.recipe.micro_tokens // weights.shape[1])
         total, loss = weights.sum(), torch.zeros((), device=self.device)
         for part, weight in zip(tokens.split(rows), weights.split(rows), strict=True):
-            counted = weight > 0
-            if not counted.any():
-                continue
+            counted = where_counted(weight)
             with self.autocast():
-                hidden = self.forward(part[:, :-1])
+                hidden = self.forward(part[:, :-1]).flatten(0, 1)
                 logits = self.model.logits(hidden[counted])
-            each = F.cross_entropy(logits.float(), part[:, 1:][counted], reduction="none")
-            part_loss = (each * weight[counted]).sum() / total
+            labels = part[:, 1:].flatten()[counted]
+            each = F.cross_entropy(logits.float(), labels, reduction="none")
+            part_loss = (each * weight.flatten()[counted]).sum() / total
             part_loss.backward()
             loss += part_loss.detach()
         return loss.item()
@@ -118,6 +117,15 @@ class Trainer:
                 where = "cpu" if key == ["step"] else self.device
                 optimizers[kind].state[self.named[name]][key[0]] = value.to(where)
         self.step, self.tokens = state["step"], state["tokens"]
+
+
+def where_counted(weight: Tensor, multiple: int = 256) -> Tensor:
+    """Flat positions of non-zero weight, filled up with others to a multiple of ``multiple``.
+
+    Of equal count, because the CPU's matrix library keeps memory and code for every shape it meets.
+    """
+    count = min(weight.numel(), -int(weight.count_nonzero()) // multiple * -multiple)
+    return weight.flatten().sort(descending=True, stable=True).indices[: max(1, count)]
 
 
 def resume(trainer: Trainer, folder: Path) -> dict[str, Any]:
