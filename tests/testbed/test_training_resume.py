@@ -14,7 +14,7 @@ from training.config import Optimizer, Recipe
 from training.corpus import Corpus
 from training.mixture import Batch
 from training.muon import orthogonalize
-from training.train import Trainer, only_one, run
+from training.train import Trainer, only_one, run, where_counted
 
 CPU = torch.device("cpu")
 
@@ -103,6 +103,15 @@ def test_the_rate_rises_holds_falls_and_ends_at_zero() -> None:
     schedule = Optimizer(warmup=10, hold=100, cooldown=50)
     scales = [schedule.scale(tokens, 1000) for tokens in (0, 50, 400, 975, 1000)]
     assert scales == pytest.approx([0.1, 1.0, 0.5, 0.5 * (100 / 975) ** 0.5, 0.0])
+
+
+@pytest.mark.parametrize(("counted", "chosen"), [(0, 1), (1, 4), (4, 4), (5, 8), (10, 10)])
+def test_every_counted_position_is_chosen_and_few_shapes_occur(counted: int, chosen: int) -> None:
+    weight = torch.zeros(2, 5)
+    weight.view(-1)[torch.randperm(10)[:counted]] = 4.0
+    indices = where_counted(weight, multiple=4)
+    assert indices.numel() == chosen == indices.unique().numel()
+    assert weight.flatten()[indices].count_nonzero() == counted
 
 
 def test_muon_updates_are_nearly_orthogonal() -> None:
