@@ -1,0 +1,499 @@
+"""Pages against a list of entries per (row, head), under random sequences of operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom.core import registry
+from kvloom.core.block import Block
+from kvloom.core.compaction import compact
+from kvloom.core.format import PAGE, PageBatch, PageFormat
+from kvloom.core.pages import PagePool
+from kvloom.core.policy import TILE
+
+D, E = 4, 6
+FORMATS = {name: cls() for name, cls in registry.policies("format").items()}
+
+
+@dataclass
+class Entry:
+    """One sealed entry as it must read back."""
+
+    name: int  # its position: unique in its (row, head)
+    key: torch.Tensor
+    value: torch.Tensor
+    state: float
+
+
+class Model:
+    """A pool and, beside it, the plain lists that it stands for."""
+
+    def __init__(self, fmt: PageFormat, B: int, H: int):
+        meta = {"positions": torch.int32, "state": torch.float32}
+        layout = fmt.layout(D, E, torch.float32)
+        self.fmt = fmt
+        self.pool = PagePool(fmt, layout, torch.float32, torch.device("cpu"), B, H, meta)
+        self.cells: list[list[list[list[Entry]]]] = [[[] for _ in range(H)] for _ in range(B)]
+        self.next = 0
+        self.generator = torch.Generator().manual_seed(7)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.cells), len(self.cells[0])
+
+    def seal(self, pages: list[list[int]], limit: int | None = None) -> None:
+        """`cells[b][h]` is a list of tiles, and a tile a list of its live entries."""
+        B, H = self.shape
+        longest = max(map(max, pages)) * PAGE + 5  # a few entries more than are sealed
+        keys = torch.randn(B, H, longest, D, generator=self.generator)
+        values = torch.randn(B, H, longest, E, generator=self.generator)
+        names = torch.arange(self.next, self.next + longest, dtype=torch.int32).expand(B, H, -1)
+        state = torch.rand(B, H, longest, generator=self.generator)
+        self.next += longest
+        block = Block(keys, values, torch.full((B, H), longest),
+                      {"positions": names.clone(), "state": state})  # fmt: skip
+        cap = None if limit is None else torch.full((B, H), limit)
+        self.pool.seal(block, torch.tensor(pages), cap)
+        for b in range(B):
+            for h in range(H):
+                for page in range(pages[b][h]):
+                    where = slice(page * PAGE, (page + 1) * PAGE)
+                    read = self.read_back(keys[b, h, where], values[b, h, where])
+                    entries = [
+                        Entry(int(n), k, v, float(s))
+                        for n, k, v, s in zip(
+                            names[b, h, where], *read, state[b, h, where], strict=True
+                        )
+                    ]
+                    tiles = [entries[i : i + TILE] for i in range(0, PAGE, TILE)]
+                    self.cells[b][h] = [*self.cells[b][h], *tiles]
+
+    def read_back(self, keys, values):
+        """What one page alone reads back as."""
+        none = torch.zeros(1, dtype=torch.long)
+        encoded = self.fmt.encode(PageBatch(keys[None], values[None], none, none), {})
+        sets = {n: x.expand(PAGE // TILE, *x.shape[1:]) for n, x in encoded.scale_set.items()}
+        return self.fmt.decode({n: x[0] for n, x in encoded.slot.items()}, sets, torch.float32)
+
+    def live(self, b: int, h: int) -> list[Entry]:
+        return [e for tile in self.cells[b][h] for e in tile]
+
+    def evict(self, lost: list[list[set[int]]]) -> None:
+        if not self.pool.slabs:
+            return
+        names = self.names()
+        keep = torch.ones_like(names, dtype=torch.bool)
+        for b, row in enumerate(lost):
+            for h, cell in enumerate(row):
+                for name in cell:
+                    keep[b, h] &= names[b, h] != name
+        self.pool.evict(keep)
+        self.cells = [
+            [
+                [[e for e in tile if e.name not in lost[b][h]] for tile in self.cells[b][h]]
+                for h in range(self.shape[1])
+            ]
+            for b in range(self.shape[0])
+        ]
+
+    def names(self):
+        """Positions of all slots, dead ones included, `[B, H, slots]`."""
+        return torch.cat(
+            [slab.meta["positions"][:, :, : slab.pages * PAGE] for slab in self.pool.slabs], 2
+        )
+
+    def drop_newest(self, n: list[list[int]]) -> None:
+        if not self.pool.slabs:
+            return
+        self.pool.drop_newest(torch.tensor(n))
+        for b, row in enumerate(n):
+            for h, count in enumerate(row):
+                live = self.live(b, h)
+                kept = {e.name for e in live[: len(live) - count]}
+                self.cells[b][h] = [
+                    [e for e in tile if e.name in kept] for tile in self.cells[b][h]
+                ]
+
+    def rows(self, index: list[int]) -> None:
+        self.pool.rows(torch.tensor(index))
+        self.cells = [[list(cell) for cell in self.cells[i]] for i in index]
+
+    def compact(self) -> None:
+        if self.pool.slabs:
+            compact(self.pool)
+
+    def ideal_pages(self) -> int:
+        """Pages of the survivors alone: of slots if they may move, else of tiles that live on."""
+        total = 0
+        for row in self.cells:
+            for cell in row:
+                tiles = [len(tile) for tile in cell]
+                slots = sum(tiles) if self.fmt.movable else TILE * sum(n > 0 for n in tiles)
+                total += -(-slots // PAGE)
+        return total
+
+    def check(self) -> None:
+        """The pool reads back exactly what the lists hold, bit by bit."""
+        pool = self.pool
+        B, H = self.shape
+        want = [[len(self.live(b, h)) for h in range(H)] for b in range(B)]
+        assert pool.live.tolist() == want
+        assert sum((slab.live for slab in pool.slabs), torch.zeros_like(pool.live)).tolist() == want
+        assert (pool.pages * PAGE >= pool.live).all()
+        used = [slab for slab in pool.slabs if slab.pages]
+        if not used:
+            return
+        read = [pool._decode_slab(slab) for slab in used]
+        keys, values = (torch.cat(x, 2) for x in zip(*read, strict=True))
+        valid = torch.cat([slab.valid() for slab in used], 2)
+        meta = {
+            name: torch.cat([slab.meta[name][:, :, : slab.pages * PAGE] for slab in used], 2)
+            for name in pool.meta
+        }
+        for b in range(B):
+            for h in range(H):
+                ok = valid[b, h]
+                entries = self.live(b, h)
+                assert meta["positions"][b, h, ok].tolist() == [e.name for e in entries]
+                if entries:
+                    assert torch.equal(keys[b, h, ok], torch.stack([e.key for e in entries]))
+                    assert torch.equal(values[b, h, ok], torch.stack([e.value for e in entries]))
+                state = torch.tensor([e.state for e in entries])
+                assert torch.equal(meta["state"][b, h, ok], state)
+
+
+def allocated(pool: PagePool) -> int:
+    return sum(next(iter(slab.fields.values())).shape[0] for slab in pool.slabs)
+
+
+def nbytes(pool: PagePool, what: str = "all") -> int:
+    """Bytes of unique storages."""
+    tensors = [t for slab in pool.slabs for t in (*slab.fields.values(), *slab.sets.values())]
+    tensors = tensors if what == "codes" else pool.tensors()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+# -- random sequences ----------------------------------------------------------------------------
+
+
+def grid(draw, B, H, values):
+    return [[draw(values) for _ in range(H)] for _ in range(B)]
+
+
+def operate(data, model: Model) -> None:
+    draw, (B, H) = data.draw, model.shape
+    kinds = ["seal", "seal", "evict", "compact", "rows", "drop_newest"]
+    kind = draw(st.sampled_from(kinds))
+    if kind == "seal":
+        pages = grid(draw, B, H, st.integers(0, 2))
+        if draw(st.booleans()):
+            pages = [[pages[0][0]] * H] * B
+        model.seal(pages, draw(st.sampled_from([None, 4])))
+    elif kind == "evict":
+        share = draw(st.sampled_from([0.1, 0.6, 1.0]))
+        whole = draw(st.booleans())  # whole tiles, as selection does for shared scales
+        dice = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+        def lost(cell):
+            out = set()
+            for tile in cell:
+                if whole and float(torch.rand(1, generator=dice)) < share:
+                    out |= {e.name for e in tile}
+                elif not whole:
+                    out |= {e.name for e in tile if float(torch.rand(1, generator=dice)) < share}
+            return out
+
+        model.evict([[lost(cell) for cell in row] for row in model.cells])
+    elif kind == "compact":
+        model.compact()
+    elif kind == "rows":
+        model.rows(draw(st.lists(st.integers(0, B - 1), min_size=1, max_size=3)))
+    else:
+        live = [[len(model.live(b, h)) for h in range(H)] for b in range(B)]
+        n = draw(st.sampled_from([0, 1, 40, 200]))
+        model.drop_newest([[min(n, x) for x in row] for row in live])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_sequence_of_operations(name, data):
+    model = Model(FORMATS[name], data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)))
+    model.seal(grid(data.draw, *model.shape, st.integers(0, 2)))
+    for _ in range(data.draw(st.integers(1, 5))):
+        operate(data, model)
+        model.check()
+    model.compact()
+    model.check()
+    assert allocated(model.pool) == model.ideal_pages()
+
+
+# -- appending -----------------------------------------------------------------------------------
+
+
+def contents(slab):
+    used = torch.cat(
+        [
+            torch.arange(f, f + u)
+            for f, u in zip(
+                slab.first.flatten().tolist(), slab.used.flatten().tolist(), strict=True
+            )
+        ]
+    )
+    return {name: x[used].clone() for name, x in slab.fields.items()}, used
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("limit", [None, 9])
+def test_appending_never_copies_the_past(name, limit):
+    model = Model(FORMATS[name], 2, 2)
+    model.seal([[3, 1], [2, 3]], limit)
+    for pages in ([[1, 1], [1, 1]], [[0, 2], [1, 0]], [[1, 1], [1, 1]], [[1, 1], [1, 1]]):
+        slabs = list(model.pool.slabs)
+        pointers = [[t.data_ptr() for t in (*s.fields.values(), *s.sets.values())] for s in slabs]
+        before = [contents(slab) for slab in slabs]
+        model.seal(pages, limit)
+        assert all(a is b for a, b in zip(model.pool.slabs, slabs, strict=False))
+        for slab, old, (held, used) in zip(slabs, pointers, before, strict=True):
+            assert [t.data_ptr() for t in (*slab.fields.values(), *slab.sets.values())] == old
+            for field, x in held.items():
+                assert torch.equal(slab.fields[field][used], x)
+        model.check()
+
+
+def test_growth_is_bounded_by_an_eighth():
+    model = Model(FORMATS["dense"], 1, 1)
+    model.seal([[16]])
+    for _ in range(40):
+        model.seal([[1]])
+        used = int(model.pool.pages)
+        assert allocated(model.pool) <= used + max(1, used // 8)
+    assert len(model.pool.slabs) < 20  # not one slab per page
+    model.check()
+
+
+def test_a_limit_is_never_reserved_beyond():
+    model = Model(FORMATS["dense"], 1, 2)
+    for _ in range(12):
+        model.seal([[1, 1]], limit=12)
+        for slab in model.pool.slabs:
+            assert (slab.used <= slab.room).all()
+        assert allocated(model.pool) <= 2 * 12
+    model.check()
+
+
+def test_sealing_nothing_does_nothing():
+    model = Model(FORMATS["int4"], 1, 2)
+    model.seal([[0, 0]])
+    assert not model.pool.slabs
+    assert model.pool.decode_all() is None
+
+
+# -- freeing -------------------------------------------------------------------------------------
+
+
+def every_tenth(model, tiles=False):
+    out = []
+    for row in model.cells:
+        out.append([])
+        for cell in row:
+            if tiles:
+                lost = {e.name for i, tile in enumerate(cell) if i % 10 for e in tile}
+            else:
+                lost = {e.name for i, e in enumerate(e for tile in cell for e in tile) if i % 10}
+            out[-1].append(lost)
+    return out
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_freed_memory_is_free(name):
+    """After evicting 90 % and compacting, the pages that remain are those of the survivors."""
+    fmt = FORMATS[name]
+    model = Model(fmt, 2, 2)
+    model.seal([[20, 20], [20, 20]])
+    before = nbytes(model.pool, "codes")
+    model.evict(every_tenth(model, tiles=not fmt.movable))
+    assert nbytes(model.pool, "codes") == before  # nothing is freed yet
+    model.compact()
+    model.check()
+    assert len(model.pool.slabs) == 1
+    assert allocated(model.pool) == model.ideal_pages()
+    survivors = 128 if fmt.movable else 4 * TILE
+    assert model.pool.live.tolist() == [[survivors] * 2] * 2
+    assert allocated(model.pool) == 4 * 2
+    layout = fmt.layout(D, E, torch.float32)
+    ids = 4 * (PAGE // TILE) if layout.scale_set else 0  # set ids are counted with the page
+    sets = sum(f.nbytes for f in layout.scale_set.values())
+    # four surviving tiles come from four pages: their sets all live on
+    held = {name: x.shape[0] for slab in model.pool.slabs for name, x in slab.sets.items()}
+    assert all(n == 4 * 4 for n in held.values())
+    want = 8 * (layout.page_nbytes() - ids - sets) + sum(held.values()) * sets
+    assert nbytes(model.pool, "codes") == want
+
+
+def test_shared_scales_keep_whole_tiles():
+    """One live entry holds its tile of 32, and no more."""
+    model = Model(FORMATS["int4_channel"], 1, 1)
+    model.seal([[4]])
+    keep_one = {1, 70, 200}
+    model.evict([[{e.name for e in model.live(0, 0)} - keep_one]])
+    model.compact()
+    model.check()
+    assert allocated(model.pool) == 2  # three tiles
+    assert int(model.pool.live) == 3
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_evicting_everything_releases_everything(name):
+    model = Model(FORMATS[name], 2, 1)
+    model.seal([[2], [1]])
+    model.evict([[{e.name for e in model.live(b, 0)}] for b in range(2)])
+    model.check()
+    model.compact()
+    assert not model.pool.slabs
+    assert model.pool.decode_all() is None
+    model.seal([[1], [1]])
+    model.check()
+
+
+def test_scale_sets_are_remapped_and_dropped():
+    model = Model(FORMATS["int4_channel"], 1, 2)
+    model.seal([[3, 3]])
+    model.seal([[1, 1]])
+    sets = sum(slab.n_sets for slab in model.pool.slabs)
+    assert sets == 8
+    # of head 0 the first and the last page go, of head 1 half of each page
+    lost = [
+        [
+            {e.name for tile in (*model.cells[0][0][:2], *model.cells[0][0][6:]) for e in tile},
+            {e.name for tile in model.cells[0][1][::2] for e in tile},
+        ]
+    ]
+    model.evict(lost)
+    model.compact()
+    model.check()
+    (slab,) = model.pool.slabs
+    assert slab.n_sets == 2 + 4
+    assert all(x.shape[0] == 6 for x in slab.sets.values())
+    live_tiles = slab.set_of[: 2 + 2]
+    assert live_tiles.unique().tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_is_encoded_twice(name, monkeypatch):
+    fmt = FORMATS[name]
+    encoded = []
+    plain = type(fmt).encode
+
+    def counting(self, batch, statistics):
+        encoded.append(batch.keys.shape[0])
+        return plain(self, batch, statistics)
+
+    model = Model(fmt, 2, 2)
+    monkeypatch.setattr(model, "read_back", lambda k, v: (k, v))
+    monkeypatch.setattr(type(fmt), "encode", counting)
+    model.seal([[4, 4], [4, 4]])
+    model.seal([[1, 0], [2, 0]])
+    assert sum(encoded) == 16 + 3
+    codes = {field: x.clone() for field, x in model.pool.slabs[0].fields.items()}
+    model.evict(every_tenth(model, tiles=not fmt.movable))
+    model.compact()
+    model.rows([1, 1, 0])
+    model.compact()
+    assert sum(encoded) == 16 + 3
+    # the bits of the first survivor of row 0 (now row 2) are those of the start
+    (slab,) = model.pool.slabs
+    for field, x in codes.items():
+        assert torch.equal(slab.fields[field][slab.first[2, 0], 0], x[0, 0])
+
+
+def test_dropping_the_newest_gives_pages_back_to_the_slab():
+    model = Model(FORMATS["dense"], 1, 1)
+    model.seal([[3]])
+    model.drop_newest([[PAGE + 10]])
+    model.check()
+    assert int(model.pool.pages) == 2
+    pointer = model.pool.slabs[0].fields["keys"].data_ptr()
+    model.seal([[1]])
+    assert len(model.pool.slabs) == 1
+    assert model.pool.slabs[0].fields["keys"].data_ptr() == pointer
+    model.check()
+    model.drop_newest([[2 * PAGE + 54]])
+    model.check()
+    assert not model.pool.slabs
+
+
+# -- rows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_share_storage_until_compaction_copies(name):
+    model = Model(FORMATS[name], 2, 2)
+    model.seal([[3, 3], [3, 3]])
+    before = nbytes(model.pool, "codes")
+    model.rows([0, 0, 1, 1])
+    model.check()
+    assert nbytes(model.pool, "codes") == before
+    assert allocated(model.pool) == 12
+    # rows that share pages part ways: what one evicts, the other keeps
+    lost = [[set(), set()] for _ in range(4)]
+    lost[1][0] = {e.name for tile in model.cells[1][0][:3] for e in tile}
+    model.evict(lost)
+    model.check()
+    assert nbytes(model.pool, "codes") == before
+    model.compact()
+    model.check()
+    assert allocated(model.pool) == model.ideal_pages() == 4 * 2 * 3 - 1
+    model.seal([[1, 1]] * 4)
+    model.check()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_shared_slabs_are_never_written(name):
+    model = Model(FORMATS[name], 1, 1)
+    model.seal([[8]])
+    model.seal([[1]])  # leaves room for more in the same slab, if any
+    held = [(slab, *contents(slab)) for slab in model.pool.slabs]
+    model.rows([0, 0])
+    for _ in range(3):
+        model.seal([[1], [1]])
+        model.check()
+    for slab, before, used in held:
+        assert any(slab is other for other in model.pool.slabs)
+        for field, x in before.items():
+            assert torch.equal(slab.fields[field][used], x)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_that_are_gone_release_most_of_their_pages(name):
+    model = Model(FORMATS[name], 4, 1)
+    model.seal([[2], [2], [2], [2]])
+    model.rows([1, 1, 1, 1])
+    model.check()
+    assert allocated(model.pool) == 2
+    model.rows([0])
+    model.check()
+    assert allocated(model.pool) == 2
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_beams_that_swap_keep_their_own_survivors(name):
+    """Slot state and dead slots travel with the row."""
+    model = Model(FORMATS[name], 3, 2)
+    model.seal([[2, 2], [1, 2], [2, 1]])
+    lost = [
+        [{e.name for tile in cell[::2] for e in tile if e.name % (b + 2)} for cell in row]
+        for b, row in enumerate(model.cells)
+    ]
+    model.evict(lost)
+    for index in ([2, 0, 1], [0, 0, 2], [1, 2, 0]):
+        model.rows(index)
+        model.check()
+    model.compact()
+    model.check()
