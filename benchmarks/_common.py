@@ -49,7 +49,9 @@ def provenance(threads: int) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []:
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    ):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -74,7 +76,9 @@ def append_rows(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
+def interleaved(
+    calls: dict[str, Callable[[], Any]], repeats: int, warmup: int = 3
+) -> dict[str, list[float]]:
     """Seconds of each call, `repeats` times, taking turns; the order rotates every round."""
     names, times = list(calls), {name: [] for name in calls}
     for i in range(warmup + repeats):

@@ -38,4 +38,7 @@ def __getattr__(name: str) -> Any:
         from kvloom.hf.cache import CompressedCache
 
         return CompressedCache
+    for policy in policies().values():  # H2O, Int4, ...: discovered, not listed
+        if policy.__name__ == name:
+            return policy
     raise AttributeError(f"module 'kvloom' has no attribute {name!r}")

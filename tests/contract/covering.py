@@ -15,7 +15,10 @@ def pairwise(factors: dict[str, list[str]]) -> list[tuple[str, ...]]:
         for a in factors[names[i]]
         for b in factors[names[j]]
     }
-    pairs = {case: [(i, case[i], j, case[j]) for i, j in combinations(range(len(names)), 2)] for case in cases}
+    pairs = {
+        case: [(i, case[i], j, case[j]) for i, j in combinations(range(len(names)), 2)]
+        for case in cases
+    }
     chosen = []
     while missing:
         best = max(cases, key=lambda case: sum(pair in missing for pair in pairs[case]))

@@ -43,9 +43,7 @@ def beams(model: Any, make: Callable[[], Any]) -> Run:
 
 
 def sequences(model: Any, make: Callable[[], Any]) -> Run:
-    out = generate(
-        model, make(), tokens(LONG), n=STEPS, num_beams=2, num_return_sequences=2
-    )
+    out = generate(model, make(), tokens(LONG), n=STEPS, num_beams=2, num_return_sequences=2)
     return [_result(out)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 from types import FunctionType, MethodType, ModuleType
 
@@ -33,7 +34,7 @@ def stepwise(model, cache, ids, mask=None, chunk=40, steps=100):
     """Chunks, then tokens, yielding the logits of each forward; masks grow as generate's do."""
     n = ids.shape[1]
     edges = [*range(0, n - steps, chunk), *range(n - steps, n), n]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         extra = {}
         if mask is not None:
             positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -96,10 +97,28 @@ def test_ceiling_holds_after_every_forward(recipe, budget):
         if isinstance(budget, int):
             assert cache.nbytes <= budget
     if str(budget).endswith("tok"):
-        kept = [len(h) for layer in _positions(model, recipe, budget, ids, mask) for r in layer for h in r]
+        kept = [
+            len(h)
+            for layer in _positions(model, recipe, budget, ids, mask)
+            for r in layer
+            for h in r
+        ]
         assert max(kept) <= CAPACITY + 1  # C + R, strict
     stats = cache.stats()
     assert stats.evicted > 0 and stats.compressions > 0
+
+
+@pytest.mark.parametrize("recipe", EVICTING)
+@pytest.mark.parametrize("share", [30, 75])
+def test_a_percentage_is_of_a_16_bit_dense_cache(recipe, share):
+    model = build("llama", dtype=torch.bfloat16)
+    cache = CompressedCache(model, recipe, f"{share}%")
+    for logits in stepwise(model, cache, tokens(700), chunk=100, steps=50):
+        dense = 3 * 2 * (16 + 16) * 2 * cache.get_seq_length()
+        assert cache.nbytes <= max(share / 100 * dense, cache.floor())
+    assert torch.isfinite(logits.float()).all()
+    # the bytes are used, though pages of 64 are coarse for budgets of a few hundred entries
+    assert cache.nbytes > share / 100 * dense * 0.6 or cache.stats().evicted == 0
 
 
 def _positions(model, recipe, budget, ids, mask):
@@ -159,7 +178,10 @@ def test_masses_sum_to_tokens(merger, fmt):
 @pytest.mark.parametrize("recipe", ALL)
 def test_deterministic(recipe):
     model = build("llama")
-    runs = [torch.cat(list(stepwise(model, make(model, recipe), tokens(200), steps=60)), 1) for _ in "ab"]
+    runs = [
+        torch.cat(list(stepwise(model, make(model, recipe), tokens(200), steps=60)), 1)
+        for _ in "ab"
+    ]
     assert torch.equal(*runs)
 
 
@@ -185,15 +207,22 @@ def test_text_round_trips(name):
     cls = registry.policies()[name]
     policy = cls()
     assert policy.name == name
-    recipe = Recipe.of(*({} if policy.kind in ("scorer", "format") else [registry.policies("scorer")["h2o"]()]), policy)
+    recipe = Recipe.of(
+        *({} if policy.kind in ("scorer", "format") else [registry.policies("scorer")["h2o"]()]),
+        policy,
+    )
     assert Recipe.parse(str(recipe)) == recipe
     assert cls.__doc__ and cls.__doc__.strip(), f"{name} has no docstring"
 
 
 def chains():
     """Random valid recipes, with parameters away from their defaults."""
-    by_kind = {kind: list(registry.policies(kind).values()) for kind in ("scorer", "merger", "format")}
-    scorer = st.sampled_from([c() for c in by_kind["scorer"]] + [Recipe.parse(s).scorer for s in scorers()])
+    by_kind = {
+        kind: list(registry.policies(kind).values()) for kind in ("scorer", "merger", "format")
+    }
+    scorer = st.sampled_from(
+        [c() for c in by_kind["scorer"]] + [Recipe.parse(s).scorer for s in scorers()]
+    )
     lazy = st.builds(
         registry.policies("schedule")["lazy"], every=st.integers(1, 99), slack=st.integers(0, 64)
     )

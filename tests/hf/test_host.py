@@ -34,7 +34,11 @@ def test_none_equals_dynamic_cache(family):
 @pytest.mark.parametrize("draft", ["lookup", "model"])
 def test_assisted_decoding_of_a_full_cache_is_lossless(family, draft):
     model = build(family)
-    assistant = {"prompt_lookup_num_tokens": 4} if draft == "lookup" else {"assistant_model": build(family, seed=1)}
+    assistant = (
+        {"prompt_lookup_num_tokens": 4}
+        if draft == "lookup"
+        else {"assistant_model": build(family, seed=1)}
+    )
     ids = tokens(20).repeat(1, 5)
     want = generate(model, CompressedCache(model), ids, n=24)
     got = generate(model, CompressedCache(model), ids, n=24, **assistant)
@@ -123,7 +127,12 @@ def test_batch_selection():
     model = build("llama")
     ids, mask = left_padded([140, 100, 60])
     cache = CompressedCache(model, H2O, "80tok")
-    model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache)
+    model(
+        ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+        past_key_values=cache,
+    )
     one = copy.deepcopy(cache)
     one.batch_select_indices(torch.tensor([0]))
     one.batch_repeat_interleave(2)
@@ -136,7 +145,9 @@ def test_batch_selection():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("recipe", ["none", "int4", "h2o | int4_channel", "streaming_llm(recent=60) | int4"])
+@pytest.mark.parametrize(
+    "recipe", ["none", "int4", "h2o | int4_channel", "streaming_llm(recent=60) | int4"]
+)
 def test_half_precision(dtype, recipe):
     """At most twice the error of stock attention in the same dtype, against fp32."""
     budget = "90tok" if "h2o" in recipe else None
@@ -257,7 +268,9 @@ def test_dense_fallback_equals_dynamic_cache(make, padded):
     assert torch.equal(got.sequences, want.sequences)
 
 
-@pytest.mark.parametrize("recipe", ["streaming_llm(recent=70, sinks=2, positions='original')", "int4"])
+@pytest.mark.parametrize(
+    "recipe", ["streaming_llm(recent=70, sinks=2, positions='original')", "int4"]
+)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("chunk", [None, 32])
 def test_dense_fallback_equals_handles(recipe, padded, chunk):

@@ -23,7 +23,17 @@ from tests.models import build
 
 SINKS, RECENT = 3, 80
 MODES = {f.__name__: f for f in (single, padded, chunked, padded_chunked)}
-FAMILIES = ["llama", "llama3_rope", "qwen3", "gpt_neox", "gpt_neox_80", "mistral", "phi3", "cohere", "glm"]
+FAMILIES = [
+    "llama",
+    "llama3_rope",
+    "qwen3",
+    "gpt_neox",
+    "gpt_neox_80",
+    "mistral",
+    "phi3",
+    "cohere",
+    "glm",
+]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -66,7 +76,7 @@ class SlotCache(Cache):
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     layer, rope = key.layer, key.layer.cache.rope
-    B, heads, Q, D = query.shape
+    B, heads, Q, _D = query.shape
     group = heads // key.shape[1]
     valid = torch.ones(B, Q, dtype=torch.bool)
     if attention_mask is not None:
@@ -88,7 +98,9 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, **kw
                 seen = first + n + 1
                 q = rope.rotate(query[b, :, i : i + 1], torch.tensor([seen - 1]))
                 logits = (q @ keys[:, :seen].repeat_interleave(group, 0).transpose(1, 2)) * scaling
-                out[b, i] = (logits.softmax(-1) @ values[:, :seen].repeat_interleave(group, 0))[:, 0]
+                out[b, i] = (logits.softmax(-1) @ values[:, :seen].repeat_interleave(group, 0))[
+                    :, 0
+                ]
         layer.kept[b] = evict(pack(tokens, layer.cache, rope))
     return out, None
 
@@ -151,6 +163,8 @@ def test_original_positions_differ():
         single(model, lambda p=p: CompressedCache(model, f"streaming_llm({size}, positions='{p}')"))
         for p in ("in_cache", "original")
     ]
-    difference = (runs[0][0][1][0] - runs[1][0][1][0]).abs().max()  # first step: nothing evicted yet
+    difference = (
+        (runs[0][0][1][0] - runs[1][0][1][0]).abs().max()
+    )  # first step: nothing evicted yet
     later = (runs[0][0][1][2] - runs[1][0][1][2]).abs().max()
     assert difference < 1e-3 and later > 0.1

@@ -200,7 +200,9 @@ class ShadowCache(Cache):
         self.recipe = Recipe.parse(recipe)
         self.format = self.recipe.format
         if isinstance(capacity, int) or capacity is None:
-            size = self.recipe.scorer.capacity if self.recipe.scorer and capacity is None else capacity
+            size = (
+                self.recipe.scorer.capacity if self.recipe.scorer and capacity is None else capacity
+            )
             self.capacity = lambda layer, head: size
         else:
             self.capacity = capacity
@@ -208,7 +210,9 @@ class ShadowCache(Cache):
         kinds, kwargs = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
         super().__init__(
             layers=[
-                ShadowLayer(self, i) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
+                ShadowLayer(self, i)
+                if kind == "full_attention"
+                else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
                 for i, (kind, kw) in enumerate(zip(kinds, kwargs, strict=True))
             ]
         )
@@ -247,7 +251,9 @@ def shadow_attention(
     if layer is not None:
         new = attention_mask[:, 0, :, T - Q :].diagonal(dim1=-2, dim2=-1) > -1
         real = new.expand(B, Q)
-        layer.take_in(Q, real, kwargs["position_ids"].expand(B, Q), weights.view(B, H, groups, Q, T))
+        layer.take_in(
+            Q, real, kwargs["position_ids"].expand(B, Q), weights.view(B, H, groups, Q, T)
+        )
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -14,7 +14,7 @@ from kvloom.core.format import PAGE
 from kvloom.kernels import ops
 
 if TYPE_CHECKING:
-    from kvloom.core.pages import Segment, Slab
+    from kvloom.core.slab import Segment, Slab
     from kvloom.core.store import LayerStore
 
 Partial = tuple[Tensor, Tensor]

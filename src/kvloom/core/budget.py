@@ -90,28 +90,33 @@ class CellCost:
     overhead: int
     dense_slot: int
 
-    # Beyond the live pages a cell may hold: one page of dead slots and one spare page, and half a
-    # page that waits until compaction pays (`LayerStore._reclaim`).
-    SLACK_PAGES: ClassVar[float] = 2.5
-
-    def tail_slots(self, entries: int) -> int:
-        """Capacity of the exact tail when a cell may hold `entries` evictable entries."""
-        return -(-min(entries, PAGE + self.residual) // GRANULE) * GRANULE
-
-    def pages(self, entries: int) -> float:
-        """Sealed pages, slack included, when a cell may hold `entries` evictable entries."""
-        if entries < PAGE + self.residual:
-            return 0.0
-        return -(-(entries - self.residual) // PAGE) + self.SLACK_PAGES
+    # Dead slots beyond the page that they share with live ones: compaction waits until half a page
+    # per cell can be saved on average (`LayerStore._reclaim`).
+    WAITING_PAGES: ClassVar[float] = 0.5
+    # Metadata of pages that cells of unequal length leave unused before compaction sets in.
+    IDLE_META_PAGES: ClassVar[int] = 2
 
     def nbytes(self, peaks: Tensor) -> int:
-        """Upper bound of a layer's bytes when its cells hold at most `peaks` (sinks included)."""
+        """Upper bound of a layer's bytes when its cells hold at most `peaks` (sinks included).
+
+        The tail fills while the pages wait and the other way round, so the worst split counts.
+        """
         free = [max(0, n - self.sinks) for n in peaks.flatten().tolist()]
-        pages = [self.pages(n) for n in free]
-        tail = max(self.tail_slots(n) for n in free)
-        exact = (self.sinks + tail) * self.exact_slot + self.centroids * self.centroid_slot
-        each = exact + self.overhead + max(pages) * self.page_meta
-        return int(len(free) * each + sum(pages) * self.page)
+        reserved = (
+            self.sinks * self.exact_slot + self.centroids * self.centroid_slot + self.overhead
+        )
+        full = PAGE + self.residual
+        splits = {min(max(free), full)} | {t for t in range(0, full, GRANULE) if t <= max(free)}
+        return int(len(free) * reserved + max(self._split_nbytes(free, t) for t in splits))
+
+    def _split_nbytes(self, free: list[int], tail: int) -> float:
+        """Bytes of tails and pages when the fullest tail holds `tail` entries."""
+        slots = -(-tail // GRANULE) * GRANULE
+        rest = [n - min(tail, n) if n >= PAGE + self.residual else 0 for n in free]
+        pages = [-(-n // PAGE) + self.WAITING_PAGES if n else 0.0 for n in rest]
+        idle = self.IDLE_META_PAGES if max(pages) else 0
+        each = slots * self.exact_slot + (max(pages) + idle) * self.page_meta
+        return len(free) * each + sum(pages) * self.page
 
     def entries(self, budget: float) -> int:
         """The most entries of one cell within `budget` bytes; 0 if not even one fits."""

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import PAGE
-from kvloom.core.pages import PagePool, Slab
+from kvloom.core.pages import PagePool
 from kvloom.core.policy import TILE
+from kvloom.core.slab import Slab
 
 
-def compact(pool: PagePool, spare: int = 0) -> None:
-    """Rebuild the pool as one slab, with `spare` pages of room per (row, head)."""
+def compact(pool: PagePool) -> None:
+    """Rebuild the pool as one exact slab."""
     unit = 1 if pool.format.movable else TILE
     runs = [_Units.of(slab, unit) for slab in pool.slabs]
     counts = sum((run.count for run in runs), start=torch.zeros_like(pool.pages))
     used = -(-counts * unit // PAGE)
-    room = used + spare
-    sets = sum(run.sets.numel() for run in runs) + int((room - used).sum())
-    new = pool.new_slab(room, sets if pool.layout.scale_set else 0)
+    new = pool.new_slab(used, sum(run.sets.numel() for run in runs))
     new.used, new.live = used, pool.live
-    slots = int(room.max()) * PAGE
-    new.alive = torch.zeros(*room.shape, slots, dtype=torch.bool, device=pool.device)
+    new.alive = torch.zeros(
+        *used.shape, int(used.max()) * PAGE, dtype=torch.bool, device=pool.device
+    )
     done = torch.zeros_like(counts)
     for slab, run in zip(pool.slabs, runs, strict=True):
         run.move(slab, new, done)
@@ -36,6 +36,7 @@ def compact(pool: PagePool, spare: int = 0) -> None:
         new.alive = None
     pool.slabs = [new] if bool((used > 0).any()) else []
     pool.recount()
+    pool.stuck = (pool.pages * PAGE - pool.live) // PAGE * PAGE
 
 
 @dataclass

@@ -130,8 +130,12 @@ def _policy(node: ast.expr, text: str) -> Policy:
             raise ValueError(f"recipe {text!r}: write {node.func.id}'s parameters as name=value")
         given = {}
         for keyword in node.keywords:
+            if keyword.arg is None:
+                raise ValueError(
+                    f"recipe {text!r}: write {node.func.id}'s parameters as name=value"
+                )
             try:
-                given[str(keyword.arg)] = ast.literal_eval(keyword.value)
+                given[keyword.arg] = ast.literal_eval(keyword.value)
             except ValueError:
                 raise ValueError(
                     f"recipe {text!r}: {keyword.arg} of {node.func.id} must be a literal, "
@@ -154,7 +158,11 @@ def _build(name: str, given: dict[str, Any], text: str) -> Policy:
                 f"recipe {text!r}: {name} has no parameter {parameter!r}"
                 f"{_hint(parameter, parameters)} (it has: {listed})"
             )
-    return cls(**given)
+    try:
+        return cls(**given)
+    except TypeError as error:  # a parameter of the wrong type, met before its check
+        written = ", ".join(f"{k}={v!r}" for k, v in given.items())
+        raise ValueError(f"recipe {text!r}: {name}({written}): {error}") from None
 
 
 def _hint(word: str, known: list[str]) -> str:

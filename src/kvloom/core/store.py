@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kvloom.core.attend import Call, attend, attention_mass
 from kvloom.core.block import GRANULE, Block, take_slots
+from kvloom.core.budget import CellCost
 from kvloom.core.compaction import compact
 from kvloom.core.entries import Entries
 from kvloom.core.format import PAGE
+from kvloom.core.forward import Counters, Forward
 from kvloom.core.pages import PagePool
 from kvloom.core.plan import CENTROID_DTYPE, LayerPlan
 from kvloom.core.policy import Losers, select
 
 REFRESH = 16  # tokens after which a growing budget is worked out again
-
-
-@dataclass
-class Forward:
-    """The tokens of one forward, not yet part of the cache.
-
-    Attributes:
-        block: the new tokens, one slot per column.
-        call: the attention call, lse: its normaliser (kept only if a policy observes attention).
-        tokens: valid tokens per row, host int64 `[B]`.
-        columns: bool `[B, Q]`, which columns are valid; None: all.
-        in_tail: whether the token was written straight into the tail.
-    """
-
-    block: Block
-    call: Call
-    tokens: Tensor
-    lse: Tensor | None = None
-    columns: Tensor | None = None
-    in_tail: bool = False
-
-
-@dataclass
-class Counters:
-    """What happened in a layer so far."""
-
-    compressions: int = 0
-    evicted: int = 0
-    merged: int = 0
-    sealed: int = 0
-    compactions: int = 0
 
 
 class LayerStore:
@@ -146,7 +116,7 @@ class LayerStore:
 
     def ceiling(self) -> int:
         """Bytes that this layer holds at most after a commit, for the tokens seen so far."""
-        capacity = self.plan.capacity(self.seen)
+        capacity = self.capacity()
         assert capacity is not None
         return self.plan.ceiling(capacity)
 
@@ -175,7 +145,7 @@ class LayerStore:
 
         `columns` `[B, Q]` marks valid tokens (None: all), `positions` `[B, Q]` are theirs.
         """
-        B, H, Q, _ = keys.shape
+        B, _H, Q, _ = keys.shape
         tokens = torch.full((B,), Q) if columns is None else columns.sum(1).cpu()
         return Forward(self._arrived(keys, values, positions), call, tokens, columns=columns)
 
@@ -232,7 +202,7 @@ class LayerStore:
 
         `drop` leaves out the newest columns (rejected drafts of assisted decoding).
         """
-        new = None if forward.in_tail else _without_newest(forward, drop)
+        new = None if forward.in_tail else forward.without_newest(drop)
         self._observe(forward, new)
         self.seen = self.seen + forward.tokens
         self.since = self.since + forward.tokens
@@ -284,7 +254,10 @@ class LayerStore:
         stale = seen - self._capacity_at >= REFRESH or self._capacity_at < 0
         rows = self._capacity is not None and self._capacity.shape[0] == len(self.seen)
         if not rows or (self.plan.growing and stale):
-            self._capacity, self._capacity_at = self.plan.capacity(self.seen), seen
+            fresh, held = self.plan.capacity(self.seen), self._capacity
+            if fresh is not None and held is not None and rows:  # whole pages round unevenly
+                fresh = torch.maximum(fresh, held)
+            self._capacity, self._capacity_at = fresh, seen
         return self._capacity
 
     def _settle(self, pending: Block, forward: Forward) -> None:
@@ -319,10 +292,11 @@ class LayerStore:
         return torch.minimum(scorer.protected(capacity - pinned), target - pinned)
 
     def _page_limit(self, capacity: Tensor) -> Tensor | None:
-        if self.plan.growing or not self.plan.recipe.schedule.bounded:
+        if not self.plan.recipe.schedule.bounded:
             return None
         peak = self.plan.recipe.schedule.peak(capacity)
-        return -(-(peak - self.plan.sinks - self.plan.format.residual).clamp_min(0) // PAGE) + 1
+        full_tail = PAGE + self.plan.format.residual
+        return (peak - self.plan.sinks - full_tail).clamp_min(0) // PAGE
 
     def entries(self, pending: Block | None = None) -> Entries:
         """What a policy sees: pages, then the exact entries (`pending`, by default the tail)."""
@@ -401,10 +375,11 @@ class LayerStore:
         return Losers(keys, entries.values.float(), mass, entries.positions, lost)
 
     def _reclaim(self) -> None:
-        """Compact once it saves half a page per head on average."""
+        """Compact once whole dead pages amount to half a page per head, or metadata goes to waste."""
         cells = self.pool.pages.numel()
-        if int(self.pool.dead_pages().sum()) >= max(1, cells // 2):
-            compact(self.pool, spare=1)
+        wasteful = self.pool.idle_meta_pages() > CellCost.IDLE_META_PAGES
+        if wasteful or self.pool.reclaimable() >= max(1, cells // 2):
+            compact(self.pool)
             self.counters.compactions += 1
 
     def _seal(self, pending: Block, pages: Tensor, limit: Tensor | None) -> None:
@@ -416,6 +391,8 @@ class LayerStore:
             )
         self.pool.seal(block, pages, limit)
         self.counters.sealed += int(pages.sum()) * PAGE
+        if self.plan.recipe.evicts:
+            self._reclaim()
         rest = pending.span(pages * PAGE, pending.count - pages * PAGE)
         self.tail = rest.owned(max(rest.longest, GRANULE))
 
@@ -454,20 +431,3 @@ class LayerStore:
         if self.sinks is not None:
             self.sinks = self.sinks.shrunk(self.sinks.count - (left - from_pages))
         self.seen, self.since = self.seen - n, self.since - n
-
-
-def _without_newest(forward: Forward, drop: int) -> Block:
-    block = forward.block
-    if drop == 0:
-        return block
-    kept = block.longest - drop
-    columns = forward.columns
-    forward.tokens = forward.tokens - (drop if columns is None else columns[:, kept:].sum(1).cpu())
-    forward.columns = None if columns is None else columns[:, :kept]
-    call = forward.call
-    call.query = call.query[..., :kept, :]
-    call.new_mask = None if call.new_mask is None else call.new_mask[..., :kept, :kept]
-    call.past_mask = None if call.past_mask is None else call.past_mask[..., :kept, :]
-    call.voters = None if call.voters is None else call.voters[:, :kept]
-    forward.lse = None if forward.lse is None else forward.lse[..., :kept]
-    return block.each(lambda x: x[:, :, :kept], block.count - drop)

@@ -19,8 +19,8 @@ from transformers.masking_utils import sdpa_mask
 from kvloom.kernels import ops
 
 if TYPE_CHECKING:
-    from kvloom.hf.layer import CompressedLayer
     from kvloom.hf.cache import CompressedCache
+    from kvloom.hf.layer import CompressedLayer
 
 NAME = "kvloom"
 _LOCAL = threading.local()
@@ -55,7 +55,7 @@ def mask_function(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' SDPA mask; on the way, the cache learns which new columns are padding."""
+    """Transformers' SDPA mask; on the way, the cache learns which new columns are padding."""
     cache = getattr(_LOCAL, "cache", None)
     if cache is not None and kwargs.get("local_size") is None:
         _LOCAL.cache = None

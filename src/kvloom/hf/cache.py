@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
@@ -61,6 +60,8 @@ class CompressedCache(Cache):
         config = source.get_text_config(decoder=True)
         host = Host(model if is_model else None, config)
         kinds, kwargs = get_layer_types_and_kwargs(config)
+        if isinstance(kwargs, dict):  # before transformers 5.20: one dict for all layers
+            kwargs = [kwargs] * len(kinds)
         compressed = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
         self.context = Context(
             host, self.recipe, self.budget, len(compressed), track_positions=track_positions

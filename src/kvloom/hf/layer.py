@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvloom.core.attend import Call
+from kvloom.core.forward import Forward
 from kvloom.core.plan import LayerPlan
-from kvloom.core.store import Forward, LayerStore
+from kvloom.core.store import LayerStore
 from kvloom.formats.dense import Dense
 from kvloom.hf.attention import Handle
 from kvloom.hf.context import Context
@@ -101,7 +102,15 @@ class CompressedLayer(CacheLayerMixin):
         sink_logits: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
-        """Attention `[B, heads, Q, E]` of the staged tokens over the cache; then commit."""
+        """Attention `[B, heads, Q, E]` of the staged tokens over the cache; then commit.
+
+        Gradients do not flow through a cache.
+        """
+        if module.training and torch.is_grad_enabled() and query.requires_grad:
+            raise RuntimeError(
+                "a compressed cache is for inference: call model.eval(), or train without a cache"
+            )
+        query = query.detach()
         config = getattr(module, "config", None)
         if config is not None and config is not self.context.host.config:
             raise ValueError(
@@ -226,7 +235,8 @@ class CompressedLayer(CacheLayerMixin):
         Exact while they are unverified drafts or nothing was compressed since; attention that they
         paid to older entries (h2o) is only taken back for drafts. Raises RuntimeError otherwise.
         """
-        n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
+        amount = int(tokens_to_remove)  # older transformers pass a tensor
+        n = -amount if amount <= 0 else max(0, self.columns - amount)
         if self.store is None or not 0 <= n <= self.columns:
             if n:
                 raise ValueError(f"cannot remove {n} tokens: {self.columns} were seen")

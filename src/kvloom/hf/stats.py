@@ -90,7 +90,7 @@ class CacheStats:
 
 def _size(n: int) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if n < 1024 or unit == "MiB" and n < 1024**2:
+        if n < 1024 or (unit == "MiB" and n < 1024**2):
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n_next = n / 1024
         n = n_next  # type: ignore[assignment]

@@ -37,8 +37,12 @@ class StreamingLLM(Scorer):
     positions: str = "in_cache"
 
     def __post_init__(self) -> None:
-        check(self, isinstance(self.sinks, int) and self.sinks >= 0, "sinks must be >= 0")
-        check(self, self.recent is None or self.recent >= 1, "recent must be at least 1")
+        check(self, isinstance(self.sinks, int) and self.sinks >= 0, "sinks must be an int >= 0")
+        check(
+            self,
+            self.recent is None or (isinstance(self.recent, int) and self.recent >= 1),
+            "recent must be an int of at least 1",
+        )
         check(self, self.positions in ("in_cache", "original"), "positions: in_cache or original")
 
     @property

@@ -1,0 +1,58 @@
+"""One forward's tokens on their way into a layer, and what has happened in a layer so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvloom.core.attend import Call
+from kvloom.core.block import Block
+
+
+@dataclass
+class Forward:
+    """The tokens of one forward, not yet part of the cache.
+
+    Attributes:
+        block: the new tokens, one slot per column.
+        call: the attention call, lse: its normaliser (kept only if a policy observes attention).
+        tokens: valid tokens per row, host int64 `[B]`.
+        columns: bool `[B, Q]`, which columns are valid; None: all.
+        in_tail: whether the token was written straight into the tail.
+    """
+
+    block: Block
+    call: Call
+    tokens: Tensor
+    lse: Tensor | None = None
+    columns: Tensor | None = None
+    in_tail: bool = False
+
+    def without_newest(self, drop: int) -> Block:
+        """Forget the newest `drop` columns (rejected drafts), here and in the call; returns the rest."""
+        block = self.block
+        if drop == 0:
+            return block
+        kept = block.longest - drop
+        columns = self.columns
+        self.tokens = self.tokens - (drop if columns is None else columns[:, kept:].sum(1).cpu())
+        self.columns = None if columns is None else columns[:, :kept]
+        call = self.call
+        call.query = call.query[..., :kept, :]
+        call.new_mask = None if call.new_mask is None else call.new_mask[..., :kept, :kept]
+        call.past_mask = None if call.past_mask is None else call.past_mask[..., :kept, :]
+        call.voters = None if call.voters is None else call.voters[:, :kept]
+        self.lse = None if self.lse is None else self.lse[..., :kept]
+        return block.each(lambda x: x[:, :, :kept], block.count - drop)
+
+
+@dataclass
+class Counters:
+    """What happened in a layer so far."""
+
+    compressions: int = 0
+    evicted: int = 0
+    merged: int = 0
+    sealed: int = 0
+    compactions: int = 0

@@ -1,0 +1,180 @@
+"""A slab: one allocation of pages, and the table of who owns which.
+
+Storage may be shared after a beam reorder (rows point at the same pages); what differs between rows
+(which slots live, positions, slot state) is kept per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvloom.core.block import uniform
+from kvloom.core.format import PAGE
+
+
+class Segment(NamedTuple):
+    """A run of pages that one call can read: rows, heads and pages of one slab, as views."""
+
+    rows: slice
+    heads: slice
+    pages: int
+    slot: dict[str, Tensor]
+    set_of: Tensor | None
+
+    def covers(self, rows: int, heads: int) -> bool:
+        """Whether this run is all there is."""
+        return self.rows == slice(0, rows) and self.heads == slice(0, heads)
+
+
+@dataclass
+class Slab:
+    """One allocation of pages.
+
+    Attributes:
+        fields: `[N, 64, ...]` per slot field; sets: `[M, ...]` per set field.
+        set_of: int32 `[N, 2]`, the scale set of each tile, if the format has sets.
+        n_sets: how many sets are in use.
+        first, room, used, live: host int64 `[B, H]`: first page, pages reserved, pages in use, and
+            live slots of each (row, head).
+        alive: bool `[B, H, P * 64]`, or None while every slot in use is live.
+        meta: `[B, H, P * 64]` per-slot tensors; P is the largest room.
+        base: int32 `[B, H, P]`, position of each page's first slot, if that tells all the others.
+        shared: rows were reordered by reference; nothing may be appended any more.
+    """
+
+    fields: dict[str, Tensor]
+    sets: dict[str, Tensor]
+    set_of: Tensor | None
+    n_sets: int
+    first: Tensor
+    room: Tensor
+    used: Tensor
+    live: Tensor
+    alive: Tensor | None = None
+    meta: dict[str, Tensor] = field(default_factory=dict)
+    base: Tensor | None = None
+    shared: bool = False
+    _segments: list[Segment] | None = None
+
+    @property
+    def pages(self) -> int:
+        """The largest number of pages in use by a (row, head)."""
+        return int(self.used.max()) if self.used.numel() else 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.fields.values())).device
+
+    def tensors(self) -> list[Tensor]:
+        extra = [t for t in (self.set_of, self.alive, self.base) if t is not None]
+        host = [self.first, self.room, self.used, self.live]
+        return [*self.fields.values(), *self.sets.values(), *self.meta.values(), *extra, *host]
+
+    def valid(self) -> Tensor:
+        """Live slots: bool `[B, H, pages * 64]`."""
+        n = self.pages * PAGE
+        if self.alive is not None:
+            return self.alive[:, :, :n]
+        slot = torch.arange(n, device=self.device)
+        return slot < (self.used * PAGE).to(self.device)[..., None]
+
+    def positions(self) -> Tensor:
+        """Original positions, int32 `[B, H, pages * 64]`."""
+        n = self.pages
+        if self.base is None:
+            return self.meta["positions"][:, :, : n * PAGE]
+        step = torch.arange(PAGE, dtype=torch.int32, device=self.device)
+        return (self.base[:, :, :n, None] + step).flatten(2)
+
+    def changed(self) -> None:
+        self._segments = None
+
+    def segments(self) -> list[Segment]:
+        """The slab as runs that one call can read: all of it if regular, else rows, else heads."""
+        if self._segments is None:
+            self._segments = list(self._runs())
+        return self._segments
+
+    def _runs(self) -> Iterator[Segment]:
+        B, H = self.first.shape
+        whole = self._regular(self.first, self.used)
+        if whole is not None:
+            if whole[2]:
+                yield self._segment(slice(0, B), slice(0, H), *whole)
+            return
+        for b in range(B):
+            row = self._regular(self.first[b : b + 1], self.used[b : b + 1])
+            if row is not None:
+                if row[2]:
+                    yield self._segment(slice(b, b + 1), slice(0, H), *row)
+                continue
+            for h in range(H):
+                pages = int(self.used[b, h])
+                if pages:
+                    place = int(self.first[b, h]), pages, pages
+                    yield self._segment(slice(b, b + 1), slice(h, h + 1), *place)
+
+    @staticmethod
+    def _regular(first: Tensor, used: Tensor) -> tuple[int, int, int] | None:
+        """`(first page, stride, pages)` if these (rows, heads) form a regular grid of pages."""
+        pages, starts = uniform(used), first.flatten().tolist()
+        if pages is None:
+            return None
+        stride = starts[1] - starts[0] if len(starts) > 1 else pages
+        expected = [starts[0] + i * stride for i in range(len(starts))]
+        return (starts[0], stride, pages) if starts == expected and stride >= pages else None
+
+    def _segment(self, rows: slice, heads: slice, start: int, stride: int, pages: int) -> Segment:
+        b, h = rows.stop - rows.start, heads.stop - heads.start
+
+        def view(x: Tensor) -> Tensor:
+            # as_strided: the last (row, head) may have less room than the stride
+            size = (b, h, pages, *x.shape[1:])
+            step = x.stride(0)
+            offset = x.storage_offset() + start * step
+            grid = x.as_strided(size, (h * stride * step, stride * step, *x.stride()), offset)
+            return grid.flatten(2, 3)
+
+        slot = {name: view(x) for name, x in self.fields.items()}
+        return Segment(rows, heads, pages, slot, None if self.set_of is None else view(self.set_of))
+
+    def rows(self, index: Tensor) -> None:
+        """Reorder rows by reference: rows may share pages from now on."""
+        host = index.to("cpu")
+        for name in ("first", "room", "used", "live"):
+            setattr(self, name, getattr(self, name)[host])
+        if self.alive is not None:
+            self.alive = self.alive.index_select(0, index.to(self.alive.device))
+        self.meta = {n: x.index_select(0, index.to(x.device)) for n, x in self.meta.items()}
+        if self.base is not None:
+            self.base = self.base.index_select(0, index.to(self.base.device))
+        self.shared = True
+        self.changed()
+
+    def referenced(self) -> Tensor:
+        """The storage pages that some row still uses, ascending (host int64)."""
+        starts, counts = self.first.flatten().tolist(), self.used.flatten().tolist()
+        held = {page for s, n in zip(starts, counts, strict=True) for page in range(s, s + n)}
+        return torch.tensor(sorted(held), dtype=torch.int64)
+
+
+def collect(slab: Slab) -> None:
+    """Release the pages that no row refers to any more, once they are half of the slab."""
+    held = slab.referenced()
+    total = next(iter(slab.fields.values())).shape[0]
+    if held.numel() * 2 > total or total == 0:
+        return
+    where = torch.full((total + 1,), -1, dtype=torch.int64)
+    where[held] = torch.arange(held.numel())
+    on_device = held.to(slab.device)
+    slab.fields = {name: x.index_select(0, on_device) for name, x in slab.fields.items()}
+    if slab.set_of is not None:
+        slab.set_of = slab.set_of.index_select(0, on_device)
+    slab.first = where[slab.first].clamp_min(0)
+    slab.room = slab.used.clone()
+    slab.changed()
