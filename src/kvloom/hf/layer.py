@@ -119,7 +119,7 @@ class CompressedLayer(CacheLayerMixin):
             )
         if self.staged is None or self.store is None:
             raise RuntimeError(f"layer {self.layer_idx} is read before it is updated")
-        (keys, values), self.staged = self.staged, None
+        keys, values = self.staged
         B, heads, Q, D = query.shape
         H = keys.shape[1]
         call = Call(query.reshape(B, H, heads // H, Q, D), scale, softcap)
@@ -136,6 +136,7 @@ class CompressedLayer(CacheLayerMixin):
             out, forward = self.store.forward_token(keys, values, call, positions)
         else:
             out, forward = self.store.forward(keys, values, call, columns, positions)
+        self.staged = None  # from here on the tokens are in
         if self.record_past:
             self.pending = forward
         else:

@@ -1,0 +1,132 @@
+"""Real bytes: chunked prefill stays below the ceiling plus a chunk, freed memory is free, beams share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvloom import CompressedCache
+from kvloom.core.store import LayerStore
+from tests.contract.modes import beams, sequences
+from tests.models import build, generate, tokens
+
+
+@pytest.fixture(scope="module")
+def long_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=65536,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("recipe", ["h2o | int4", "streaming_llm", "h2o | mean_centroid | int4_channel"])
+def test_chunked_prefill_of_32k_tokens(recipe, long_model, monkeypatch):
+    """Measured from storages before and after every commit of every layer."""
+    chunk, peaks, commit = 512, [], LayerStore.commit
+
+    def watched(store, forward, drop=0):
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in store.tensors()}
+        new = sum(t.untyped_storage().nbytes() for t in (forward.block.keys, forward.block.values))
+        peaks.append((sum(held.values()), new, store))
+        commit(store, forward, drop)
+
+    monkeypatch.setattr(LayerStore, "commit", watched)
+    cache = CompressedCache(long_model, recipe, "1024tok")
+    ids = tokens(32 * 1024)
+    for start in range(0, ids.shape[1], chunk):
+        long_model(ids[:, start : start + chunk], past_key_values=cache, logits_to_keep=1)
+        assert cache.nbytes <= cache.ceiling()
+    width = 2 * 16 * 4
+    assert max(new for _, new, _ in peaks) <= chunk * width
+    assert max(held for held, _, store in peaks) <= max(store.ceiling() for *_, store in peaks[-2:])
+    assert cache.get_seq_length() == 32 * 1024
+
+
+@pytest.mark.parametrize("fmt", ["dense", "int4", "int4_channel"])
+def test_freed_memory_is_free(fmt):
+    """Evict 90 %: what is left is the ideal plus the slack that the design names."""
+    model = build("llama")
+    full = CompressedCache(model, fmt)
+    small = CompressedCache(model, f"streaming_llm(sinks=0, recent=200) | lazy(every=1800) | {fmt}")
+    ids = tokens(2000)
+    for cache in (full, small):
+        model(ids[:, :1999], past_key_values=cache)  # 1999 = 200 + 1799: nothing is evicted yet
+    before = small.nbytes
+    assert before >= 0.98 * full.nbytes
+    model(ids[:, 1999:], past_key_values=small)
+    stats, plan = small.stats(), small.layers[0].store.plan
+    # tiles of 32 go as a whole where scales are shared
+    assert stats.stored_max == 200 if fmt != "int4_channel" else 168 < stats.stored_max <= 200
+    cells = 3 * 2
+    tail = int(small.layers[0].store.tail.count.max())
+    pages = -(-(stats.stored_max - tail) // 64)
+    ideal = cells * ((stats.stored_max - tail) * plan.cost.page / 64 + tail * plan.cost.exact_slot)
+    named = cells * (
+        plan.cost.page  # the page that the window's edge cuts
+        + 16 * plan.cost.exact_slot  # the tail's granule
+        + (pages + 1) * plan.cost.page_meta + plan.cost.overhead
+    )  # fmt: skip
+    assert ideal <= small.nbytes <= ideal + named
+    assert small.nbytes < 0.2 * before
+
+
+def test_beams_share_pages():
+    """After a reorder rows refer to the same pages: storages are counted once, nothing is copied."""
+    model = build("llama")
+    cache = CompressedCache(model, "int4")
+    generate(model, cache, tokens(300), n=40, num_beams=4)
+    one = CompressedCache(model, "int4")
+    generate(model, one, tokens(300), n=40)
+    pages = [c.stats().by_part["pages"] for c in (cache, one)]
+    assert pages[0] < 2.6 * pages[1]  # four rows, far from four times the bytes
+    assert cache.stats().rows == 4
+
+
+@pytest.mark.parametrize("mode", [beams, sequences])
+def test_reorder_carries_everything(mode):
+    """Beams over a recipe with every kind of state equal beams over the same recipe without sharing."""
+    model = build("llama")
+    recipe = "h2o(sinks=2) | mean_centroid | int4"
+    shared = mode(model, lambda: CompressedCache(model, recipe, "90tok"))
+
+    class Copying(CompressedCache):
+        def reorder_cache(self, beam_idx):
+            import copy
+
+            for layer in self.layers:
+                rows = []
+                for i in beam_idx.tolist():
+                    row = copy.deepcopy(layer.store)
+                    row.rows(torch.tensor([i]))
+                    rows.append(row)
+                layer.reorder_cache(beam_idx)
+                for j, row in enumerate(rows):  # same content, told apart by row
+                    mine = layer.store.entries()
+                    alone = row.entries()
+                    assert torch.equal(mine.valid[j, :, : alone.valid.shape[2]], alone.valid[0])
+                    got = mine.keys[j][mine.valid[j]]
+                    assert torch.equal(got, alone.keys[0][alone.valid[0]])
+                    assert torch.equal(
+                        mine.state("received")[j][mine.valid[j]],
+                        alone.state("received")[0][alone.valid[0]],
+                    )
+
+    checked = mode(model, lambda: Copying(model, recipe, "90tok"))
+    assert torch.equal(shared[0][0], checked[0][0])
+
+
+def test_slack_and_parts_add_up():
+    model = build("llama")
+    cache = CompressedCache(model, "h2o(sinks=2) | mean_centroid | int4", "90tok")
+    model(tokens(300), past_key_values=cache)
+    stats = cache.stats()
+    assert stats.nbytes == sum(stats.by_part.values())
+    assert 0 < stats.slack < stats.nbytes
+    assert stats.compression_ratio == pytest.approx(stats.dense_nbytes / stats.nbytes)
+    assert stats.dense_nbytes == 300 * 3 * 2 * 32 * 2
+    assert all(f" {part} " in cache.__str__() for part in ("pages", "tail", "sinks", "centroids", "total"))
+    assert 4 < stats.avg_key_bits < 32
