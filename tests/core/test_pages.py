@@ -457,8 +457,11 @@ def test_rows_share_storage_until_compaction_copies(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_shared_slabs_are_never_written(name):
     model = Model(FORMATS[name], 1, 1)
-    model.seal([[8]])
-    model.seal([[1]])  # leaves room for more in the same slab, if any
+    model.seal([[24]])
+    for _ in range(3):
+        model.seal([[1]])
+    last = model.pool.slabs[-1]
+    assert (last.room > last.used).all()  # there is room that two rows must not both fill
     held = [(slab, *contents(slab)) for slab in model.pool.slabs]
     model.rows([0, 0])
     for _ in range(3):
