@@ -75,9 +75,12 @@ class Mixture:
         return self.excerpt(rng, length), [1.0] * length
 
     def repeat(self, rng: random.Random, length: int) -> Span:
-        """Random tokens of a small alphabet, then the same again: only the repetition counts."""
+        """Random tokens of a small alphabet, then the same again: only the repetition counts.
+
+        The smaller the alphabet, the more tokens back must agree to tell one place from another.
+        """
         size = rng.randint(length // 4, length // 2)
-        alphabet = [rng.randrange(2, self.vocab) for _ in range(rng.choice((16, 64, 256)))]
+        alphabet = [rng.randrange(2, self.vocab) for _ in range(rng.choice((8, 16, 64, 256)))]
         span = rng.choices(alphabet, k=size)
         tokens = (span * (length // size + 1))[:length]
         return tokens, [0.0] * size + [1.0] * (length - size)
@@ -120,16 +123,19 @@ class Mixture:
         """Facts, questions about them and scraps of text, closely interleaved.
 
         Most of what counts is an answer: the densest signal for retrieval, meant for early on.
+        Half of the sequences keep to one phrasing, which leaves nothing to tell facts apart by but
+        name and thing.
         """
         out = Builder()
+        only = rng.choice(phrases.STATEMENTS) if rng.random() < 0.5 else None
         limit = rng.randint(2, max(3, min(24, length // 24)))
         known: list[tuple[Fact, str]] = []
         while len(out.tokens) < length:
             choice = rng.random()
             if not known or (choice < 0.35 and len(known) < limit):
-                known.append(self._state(rng, out))
+                known.append(self._state(rng, out, only))
             elif choice < 0.88:
-                self._ask(rng, out, *rng.choice(known))
+                self._ask(rng, out, *rng.choice(known), only)
             else:
                 scrap = self.excerpt(rng, rng.randint(4, 30))
                 out.add(scrap, 0.0)
@@ -175,17 +181,19 @@ class Mixture:
 
     # --- facts ---
 
-    def _state(self, rng: random.Random, out: Builder) -> tuple[Fact, str]:
-        fact, phrasing = random_fact(rng), rng.choice(phrases.STATEMENTS)
+    def _state(self, rng: random.Random, out: Builder, only: str | None = None) -> tuple[Fact, str]:
+        fact, phrasing = random_fact(rng), only or rng.choice(phrases.STATEMENTS)
         out.add(self.encode("\n" + fact.prefix(phrasing)), 0.0)
         out.add(self.encode(f" {fact.value}"), 0.0)
         out.add(self.encode(".\n"), 0.0)
         return fact, phrasing
 
-    def _ask(self, rng: random.Random, out: Builder, fact: Fact, stated: str) -> None:
+    def _ask(
+        self, rng: random.Random, out: Builder, fact: Fact, stated: str, only: str | None = None
+    ) -> None:
         """Ask as it was stated, or in any other way; the answer's tokens carry the weight."""
         others = phrases.QUESTIONS + phrases.STATEMENTS
-        phrasing = stated if rng.random() < 0.5 else rng.choice(others)
+        phrasing = only or (stated if rng.random() < 0.35 else rng.choice(others))
         out.add(self.encode("\n" + fact.prefix(phrasing)), 0.0)
         out.add(self.encode(f" {fact.value}"), self.recipe.answer_weight)
         out.add(self.encode(".\n"), 1.0)
