@@ -91,7 +91,8 @@ class Mixture:
         The way from ``repeat`` to ``questions``: what precedes a value is alike everywhere, so that
         the key, a few tokens back, must be matched and not the last token.
         """
-        out, known = Builder(), []
+        out = Builder()
+        known: list[tuple[list[int], list[int]]] = []
         limit = rng.randint(2, max(3, length // 20))
         before, between = self._random(rng, 0, 3), self._random(rng, 0, 6)
         digits = self.encode("0123456789")
