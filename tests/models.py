@@ -78,7 +78,9 @@ def _weights(name: str, seed: int) -> Any:
     return getattr(tf, f"{architecture}ForCausalLM")(config).eval()
 
 
-def build(name: str, *, attention: str | None = None, dtype: Any = torch.float32, seed: int = 0) -> Any:
+def build(
+    name: str, *, attention: str | None = None, dtype: Any = torch.float32, seed: int = 0
+) -> Any:
     """A fresh model of a family; equal weights for equal arguments."""
     template = _weights(name, seed)
     config = type(template.config)(**template.config.to_dict())
@@ -110,7 +112,9 @@ def left_padded(lengths: list[int], seed: int = 1) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def generate(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, n: int = 12, **kw: Any) -> Any:
+def generate(
+    model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, n: int = 12, **kw: Any
+) -> Any:
     """Greedy generation with logits kept."""
     return model.generate(
         ids, attention_mask=torch.ones_like(ids) if mask is None else mask, past_key_values=cache,

@@ -55,7 +55,9 @@ def test_odd_head_dim_cannot_be_packed():
 def test_config_only():
     """From a config alone the dense fallback is used, and what needs the model says so."""
     model = build("llama")
-    config = AutoConfig.for_model("llama", **{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
+    config = AutoConfig.for_model(
+        "llama", **{k: v for k, v in model.config.to_dict().items() if k != "model_type"}
+    )
     assert CompressedCache(config, "int4").recipe.format is not None
     with pytest.raises(ValueError, match="constructed from a config"):
         CompressedCache(config, "h2o", "50tok")

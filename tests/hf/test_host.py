@@ -209,6 +209,46 @@ def test_4d_mask_without_eviction():
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
+def test_4d_mask_over_several_slabs():
+    """Each slab gets its own columns of the mask."""
+    model, plain = build("llama"), build("llama")
+    cache, stock = CompressedCache(model), DynamicCache(config=plain.config)
+    for seed in range(3):
+        model(tokens(64, seed=seed), past_key_values=cache)
+        plain(tokens(64, seed=seed), past_key_values=stock)
+    mask = torch.ones(4, 196, dtype=torch.bool).tril(192)
+    mask[:, 70:90] = False
+    mask = mask[None, None]
+    got = model(tokens(4), attention_mask=mask, past_key_values=cache).logits
+    want = plain(tokens(4), attention_mask=mask, past_key_values=stock).logits
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_selecting_rows_without_pages():
+    """Pages that no remaining row uses go; what reads decoded entries goes on."""
+    model = build("llama")
+    ids, mask = left_padded([150, 9])
+    cache = CompressedCache(model, "h2o | mean_centroid | int4", "90tok")
+    model(
+        ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+        past_key_values=cache,
+    )
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.stats().by_part["pages"] == 0
+    mask = mask[1:]
+    for i in range(120):
+        mask = torch.cat([mask, torch.ones(1, 1, dtype=torch.long)], 1)
+        model(
+            tokens(1, seed=i),
+            attention_mask=mask,
+            position_ids=torch.tensor([[9 + i]]),
+            past_key_values=cache,
+        )
+    assert cache.stats().evicted > 0 and cache.nbytes <= cache.ceiling()
+
+
 def test_other_caches_still_work_on_an_attached_model():
     model, plain = build("gemma2"), build("gemma2")
     plain.set_attn_implementation("eager")

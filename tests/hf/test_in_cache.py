@@ -76,7 +76,7 @@ class SlotCache(Cache):
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     layer, rope = key.layer, key.layer.cache.rope
-    B, heads, Q, _D = query.shape
+    B, heads, Q, _ = query.shape
     group = heads // key.shape[1]
     valid = torch.ones(B, Q, dtype=torch.bool)
     if attention_mask is not None:
@@ -137,13 +137,13 @@ def test_equals_recomputed_rope(family, mode, fmt, monkeypatch):
     ours, theirs = build(family), build(family, attention="slot_reference")
     recipe = f"streaming_llm(sinks={SINKS}, recent={RECENT}) | {fmt}"
     got = MODES[mode](ours, lambda: CompressedCache(ours, recipe))
+    exact = MODES[mode](ours, lambda: CompressedCache(ours, recipe.replace("int4", "dense")))
 
     rope = rope_of(theirs, 0)
     module = sys.modules[type(attention_modules(theirs)[0]).__module__]
     monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, *args, **kw: (q, k))
     want = MODES[mode](theirs, lambda: SlotCache(theirs, rope, fmt == "int4"))
 
-    exact = MODES[mode](ours, lambda: CompressedCache(ours, recipe.replace("int4", "dense")))
     for (_, logits), (_, logits_want), (_, dense) in zip(got, want, exact, strict=True):
         same = (logits.argmax(-1) == logits_want.argmax(-1)).all(-1).tolist()
         n = len(same) if False not in same else same.index(False) + 1

@@ -23,13 +23,17 @@ def long_model():
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("recipe", ["h2o | int4", "streaming_llm", "h2o | mean_centroid | int4_channel"])
+@pytest.mark.parametrize(
+    "recipe", ["h2o | int4", "streaming_llm", "h2o | mean_centroid | int4_channel"]
+)
 def test_chunked_prefill_of_32k_tokens(recipe, long_model, monkeypatch):
     """Measured from storages before and after every commit of every layer."""
     chunk, peaks, commit = 512, [], LayerStore.commit
 
     def watched(store, forward, drop=0):
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in store.tensors()}
+        held = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in store.tensors()
+        }
         new = sum(t.untyped_storage().nbytes() for t in (forward.block.keys, forward.block.values))
         peaks.append((sum(held.values()), new, store))
         commit(store, forward, drop)
@@ -128,5 +132,7 @@ def test_slack_and_parts_add_up():
     assert 0 < stats.slack < stats.nbytes
     assert stats.compression_ratio == pytest.approx(stats.dense_nbytes / stats.nbytes)
     assert stats.dense_nbytes == 300 * 3 * 2 * 32 * 2
-    assert all(f" {part} " in cache.__str__() for part in ("pages", "tail", "sinks", "centroids", "total"))
+    assert all(
+        f" {part} " in cache.__str__() for part in ("pages", "tail", "sinks", "centroids", "total")
+    )
     assert 4 < stats.avg_key_bits < 32

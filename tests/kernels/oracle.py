@@ -122,7 +122,6 @@ def cases(
     softcap: bool = True,
     same_width: bool = False,
     least: int = 0,
-    one_mask_for_all_queries: bool = True,
 ) -> Case:
     """Small random calls: dead slots, masks of several shapes, queries that see nothing."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
@@ -141,7 +140,7 @@ def cases(
         bias = mass.masked_fill(dead, -math.inf)
     if draw(st.booleans()):
         rows, heads = draw(st.sampled_from([1, B])), draw(st.sampled_from([1, H]))
-        queries = draw(st.sampled_from([1, Q])) if one_mask_for_all_queries else Q
+        queries = draw(st.sampled_from([1, Q]))
         shape = (rows, heads, queries, S)
         mask = torch.rand(*shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     cap = draw(st.sampled_from([None, 2.0, 30.0])) if softcap else None

@@ -105,7 +105,7 @@ def test_dispatch_serves_everything(case):
 
 
 @settings(KERNELS, max_examples=40)
-@given(case=cases(least=1, one_mask_for_all_queries=False), block=st.sampled_from([1, 30, 100]))
+@given(case=cases(least=1), block=st.sampled_from([1, 30, 100]))
 def test_query_blocks_change_nothing(case, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVLOOM_BACKEND", "reference")
@@ -131,7 +131,7 @@ def test_query_blocks_are_really_used(monkeypatch):
 
 @settings(KERNELS, max_examples=60)
 @given(
-    case=cases(least=1, one_mask_for_all_queries=False),
+    case=cases(least=1),
     seed=st.integers(0, 99),
     block=st.sampled_from([1, 50, 1 << 24]),
 )

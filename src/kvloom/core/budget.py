@@ -60,7 +60,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.kind == "share":
-            return f"{self.amount * 100:g}%"
+            return f"{self.amount * 100:.12g}%"
         return f"{int(self.amount)}{'tok' if self.kind == 'tokens' else 'B'}"
 
 

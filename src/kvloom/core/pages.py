@@ -257,6 +257,7 @@ class PagePool:
         for slab in self.slabs:
             slab.rows(index)
             collect(slab)
+        self.slabs = [slab for slab in self.slabs if slab.pages]
         self.stuck = self.stuck[index.to("cpu")]
         self.recount(index.numel())
 

@@ -134,9 +134,11 @@ def _policy(node: ast.expr, text: str) -> Policy:
                 raise ValueError(
                     f"recipe {text!r}: write {node.func.id}'s parameters as name=value"
                 )
+            if keyword.arg in given:
+                raise ValueError(f"recipe {text!r}: {keyword.arg} of {node.func.id} is given twice")
             try:
                 given[keyword.arg] = ast.literal_eval(keyword.value)
-            except ValueError:
+            except (ValueError, TypeError):
                 raise ValueError(
                     f"recipe {text!r}: {keyword.arg} of {node.func.id} must be a literal, "
                     f"not {ast.unparse(keyword.value)!r}"

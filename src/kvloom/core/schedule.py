@@ -28,8 +28,8 @@ class Lazy(Policy):
       clamp(L - d, C, C + s) if C + s - (R - 1) allows it, else to C (soft eviction is inert unless
       s >= R - 1, as in the authors' final code).
 
-    R = 1 is strict, R = 0 never compresses. Between compressions a head holds at most
-    max(C + R, C + s + 1) entries, unless one forward brings more than R tokens.
+    R = 1 is strict, R = 0 never compresses. A head never holds more than `peak` entries after a
+    commit.
 
     Attributes:
         every: R, tokens. slack: s, entries. max_drop: d, entries. rule: see above.
@@ -47,7 +47,7 @@ class Lazy(Policy):
     def __post_init__(self) -> None:
         for name in ("every", "slack", "max_drop"):
             value = getattr(self, name)
-            check(self, isinstance(value, int) and value >= 0, f"{name} must be an int >= 0")
+            check(self, type(value) is int and value >= 0, f"{name} must be an int >= 0")
         check(self, self.rule in ("seed", "paper", "final"), "rule is 'seed', 'paper' or 'final'")
         grows = self.rule == "paper" and 0 < self.max_drop < self.every
         check(
@@ -62,7 +62,11 @@ class Lazy(Policy):
         return self.every > 0 and not (self.rule == "paper" and 0 < self.max_drop < self.every)
 
     def peak(self, capacity: Tensor) -> Tensor:
-        """The most entries that a head holds after a commit of one token: max(C + R, C + s + 1)."""
+        """The most entries that a head holds: max(C + R, C + s + 1), for the paper's rule C + s + R
+        (a head within its slack at one boundary waits for the next).
+        """
+        if self.rule == "paper":
+            return capacity + self.slack + self.every
         return capacity + max(self.every, self.slack + 1)
 
     def target(

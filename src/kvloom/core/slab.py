@@ -31,7 +31,7 @@ class Segment(NamedTuple):
         return self.rows == slice(0, rows) and self.heads == slice(0, heads)
 
 
-@dataclass
+@dataclass(eq=False)
 class Slab:
     """One allocation of pages.
 

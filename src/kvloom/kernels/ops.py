@@ -82,7 +82,7 @@ def attention_mass(
             scale=scale,
             softcap=softcap,
             bias=bias,
-            mask=None if mask is None else mask[..., part, :],
+            mask=_queries(mask, part),
             voters=None if voters is None else voters[:, part],
         )
     return total
@@ -124,6 +124,11 @@ def _torch_refusal(
     return reason
 
 
+def _queries(mask: Tensor | None, part: slice) -> Tensor | None:
+    """The rows of a mask for a block of queries; one row serves all."""
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., part, :]
+
+
 def _block(query: Tensor, keys: Tensor) -> int:
     rows = keys.shape[0] * keys.shape[1] * query.shape[2] * max(1, keys.shape[-2])
     return max(1, _BLOCK_ELEMENTS // max(1, rows))
@@ -152,7 +157,7 @@ def _blocked(
             scale=scale,
             softcap=softcap,
             bias=bias,
-            mask=None if mask is None else mask[..., i : i + step, :],
+            mask=_queries(mask, slice(i, i + step)),
         )
         for i in range(0, query.shape[-2], step)
     ]

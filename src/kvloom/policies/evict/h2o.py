@@ -38,7 +38,7 @@ class H2O(Scorer):
 
     def __post_init__(self) -> None:
         check(self, 0 <= self.recent <= 1, "recent must be within 0..1")
-        check(self, isinstance(self.sinks, int) and self.sinks >= 0, "sinks must be an int >= 0")
+        check(self, type(self.sinks) is int and self.sinks >= 0, "sinks must be an int >= 0")
 
     @property
     def pinned(self) -> int:

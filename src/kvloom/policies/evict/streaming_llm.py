@@ -37,10 +37,10 @@ class StreamingLLM(Scorer):
     positions: str = "in_cache"
 
     def __post_init__(self) -> None:
-        check(self, isinstance(self.sinks, int) and self.sinks >= 0, "sinks must be an int >= 0")
+        check(self, type(self.sinks) is int and self.sinks >= 0, "sinks must be an int >= 0")
         check(
             self,
-            self.recent is None or (isinstance(self.recent, int) and self.recent >= 1),
+            self.recent is None or (type(self.recent) is int and self.recent >= 1),
             "recent must be an int of at least 1",
         )
         check(self, self.positions in ("in_cache", "original"), "positions: in_cache or original")
