@@ -17,6 +17,22 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = settings(deadline=None, derandomize=True)
 
 
+@pytest.fixture(autouse=True)
+def _fresh_environment():
+    ops.forced_backend.cache_clear()
+    yield
+    ops.forced_backend.cache_clear()
+
+
+def force(monkeypatch, name):
+    """Demand a backend by the environment, as at the start of a process."""
+    if name is None:
+        monkeypatch.delenv("KVLOOM_BACKEND")
+    else:
+        monkeypatch.setenv("KVLOOM_BACKEND", name)
+    ops.forced_backend.cache_clear()
+
+
 def _call(case):
     return ops.partial_attention(case.query, case.keys, case.values, **case.options)
 
@@ -108,13 +124,13 @@ def test_dispatch_serves_everything(case):
 @given(case=cases(least=1), block=st.sampled_from([1, 30, 100]))
 def test_query_blocks_change_nothing(case, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVLOOM_BACKEND", "reference")
+        force(patch, "reference")
         patch.setattr(ops, "_BLOCK_ELEMENTS", block)
         assert_as_good_as_naive(_call(case), case, torch.float32)
 
 
 def test_query_blocks_are_really_used(monkeypatch):
-    monkeypatch.setenv("KVLOOM_BACKEND", "reference")
+    force(monkeypatch, "reference")
     monkeypatch.setattr(ops, "_BLOCK_ELEMENTS", 2 * 2 * 3 * 70 * 2)  # two queries at once
     served = []
     plain = reference.partial_attention
@@ -200,7 +216,7 @@ def test_combine_outputs_takes_low_precision_parts():
 def test_forced_reference_is_bitwise_the_reference(monkeypatch):
     case = random_case()
     want = reference.partial_attention(case.query, case.keys, case.values, **case.options)
-    monkeypatch.setenv("KVLOOM_BACKEND", "reference")
+    force(monkeypatch, "reference")
     monkeypatch.setattr(torch_cpu, "partial_attention", None)  # must not be called
     monkeypatch.setattr(torch_cpu, "causal_attention", None)
     got = _call(case)
@@ -212,7 +228,7 @@ def test_forced_reference_is_bitwise_the_reference(monkeypatch):
 def test_forced_torch_is_bitwise_the_torch_path(monkeypatch):
     case = random_case()
     want = torch_cpu.partial_attention(case.query, case.keys, case.values, scale=case.scale)
-    monkeypatch.setenv("KVLOOM_BACKEND", "torch")
+    force(monkeypatch, "torch")
     monkeypatch.setattr(reference, "partial_attention", None)
     got = _call(case)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -227,14 +243,14 @@ def test_forced_torch_is_bitwise_the_torch_path(monkeypatch):
     ],
 )
 def test_forced_torch_says_why_it_cannot(monkeypatch, change, reason):
-    monkeypatch.setenv("KVLOOM_BACKEND", "torch")
+    force(monkeypatch, "torch")
     dtype = change.pop("dtype", None)
     case = random_case(**change)
     if dtype is not None:
         case.keys = case.keys.to(dtype)
     with pytest.raises(RuntimeError, match=f"KVLOOM_BACKEND=torch.*{reason}"):
         _call(case)
-    monkeypatch.delenv("KVLOOM_BACKEND")
+    force(monkeypatch, None)
     out, lse = _call(case)  # without force the reference serves it
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
@@ -244,14 +260,14 @@ def test_forced_torch_says_why_when_the_op_is_missing(monkeypatch):
     monkeypatch.setattr(torch_cpu, "_FLASH", None)
     case = random_case()
     assert torch.isfinite(_call(case)[0]).all()
-    monkeypatch.setenv("KVLOOM_BACKEND", "torch")
+    force(monkeypatch, "torch")
     with pytest.raises(RuntimeError, match="no CPU flash attention"):
         _call(case)
 
 
 def test_an_empty_tier_is_served_under_every_force(monkeypatch):
     for name in ops.BACKENDS:
-        monkeypatch.setenv("KVLOOM_BACKEND", name)
+        force(monkeypatch, name)
         out, lse = _call(random_case(S=0))
         assert not out.any()
         assert (lse == -math.inf).all()
@@ -259,7 +275,7 @@ def test_an_empty_tier_is_served_under_every_force(monkeypatch):
 
 @pytest.mark.parametrize("name", ["nonsense", "", "TORCH"])
 def test_unknown_backend_names_the_known_ones(monkeypatch, name):
-    monkeypatch.setenv("KVLOOM_BACKEND", name)
+    force(monkeypatch, name)
     with pytest.raises(ValueError, match=f"KVLOOM_BACKEND='{name}'.*reference, torch"):
         _call(random_case())
     with pytest.raises(ValueError, match="is unknown"):

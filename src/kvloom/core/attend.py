@@ -72,7 +72,7 @@ def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Te
     for slab in store.pool.slabs if store.pool else ():
         parts.append(_slab_partial(store, slab, call))
     parts += [_partial(tier, call, call.query) for tier in _exact_tiers(store, call, new)]
-    if store.observes or call.sink_logits is not None:
+    if store.plan.observes or call.sink_logits is not None:
         return ops.combine(parts, call.sink_logits)
     return ops.combine_outputs(parts), None
 
@@ -106,7 +106,7 @@ def _slab_tier(store: LayerStore, slab: Slab, segment: Segment, call: Call) -> T
     assert store.pool is not None
     where, n = (segment.rows, segment.heads), segment.pages * PAGE
     keys, values = store.pool.decode(segment, slab)
-    if store.plan.format.pre_rope:
+    if store.plan.pre_rope:
         keys = store.rotate(keys, slab.positions()[where][:, :, :n])
     bias = None
     if slab.alive is not None:

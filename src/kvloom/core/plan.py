@@ -52,19 +52,34 @@ class LayerPlan:
         return self.recipe.scorer.pinned if self.recipe.scorer else 0
 
     @cached_property
+    def evicts(self) -> bool:
+        """Whether entries can ever leave."""
+        return self.recipe.evicts
+
+    @cached_property
+    def observes(self) -> bool:
+        """Whether a policy wants to see attention."""
+        return "attention_mass" in self.recipe.needs
+
+    @cached_property
+    def pre_rope(self) -> bool:
+        """Whether pages hold keys before rotation."""
+        return self.format.pre_rope
+
+    @cached_property
     def in_cache(self) -> bool:
         return bool(self.recipe.scorer and self.recipe.scorer.in_cache)
 
     @cached_property
     def positions(self) -> bool:
         """Whether the exact tiers carry original positions."""
-        wanted = "positions" in self.recipe.needs or self.format.pre_rope or self.in_cache
+        wanted = "positions" in self.recipe.needs or self.pre_rope or self.in_cache
         return wanted or self.track_positions
 
     @cached_property
     def base_positions(self) -> bool:
         """Whether a page's first position tells those of all its slots (nothing is evicted)."""
-        return self.positions and not self.recipe.evicts
+        return self.positions and not self.evicts
 
     @cached_property
     def meta(self) -> dict[str, torch.dtype]:
@@ -77,7 +92,7 @@ class LayerPlan:
     @cached_property
     def page_meta(self) -> dict[str, torch.dtype]:
         """Per-slot metadata of pages; explicit positions only if a policy reads them per slot."""
-        needed = "positions" in self.recipe.needs or self.format.pre_rope or self.track_positions
+        needed = "positions" in self.recipe.needs or self.pre_rope or self.track_positions
         drop = self.base_positions or not needed
         return {n: d for n, d in self.meta.items() if n != "positions" or not drop}
 
@@ -87,7 +102,7 @@ class LayerPlan:
         size = self.dtype.itemsize
         meta = sum(d.itemsize for d in self.meta.values())
         page_meta = sum(d.itemsize for d in self.page_meta.values())
-        alive = 1 if self.recipe.evicts else 0
+        alive = 1 if self.evicts else 0
         width = self.key_dim + self.value_dim
         merger = self.recipe.merger
         return CellCost(
@@ -124,7 +139,7 @@ class LayerPlan:
         `seen` is host int64 `[B]`, the valid tokens of each row.
         """
         scorer = self.recipe.scorer
-        if scorer is None or not self.recipe.evicts:
+        if scorer is None or not self.evicts:
             return None
         shares = self.shares[self.layer]
         if self.budget is None:
@@ -158,7 +173,7 @@ class LayerPlan:
     def check(self) -> None:
         """Raise ValueError if recipe and budget do not fit each other."""
         scorer, budget = self.recipe.scorer, self.budget
-        if scorer is None or not self.recipe.evicts:
+        if scorer is None or not self.evicts:
             if budget is not None:
                 raise ValueError(
                     f"budget {str(budget)!r} with recipe '{self.recipe}': nothing in the recipe "

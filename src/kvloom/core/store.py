@@ -40,6 +40,7 @@ class LayerStore:
         self.seen = torch.zeros(B, dtype=torch.int64)
         self.since = torch.zeros(B, dtype=torch.int64)
         self.next_position = torch.zeros(B, dtype=torch.int64, device=device)
+        self._one_each = torch.ones(B, dtype=torch.int64)
         self.counters = Counters()
         self._capacity: Tensor | None = None
         self._capacity_at = -1
@@ -70,7 +71,7 @@ class LayerStore:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the layer holds."""
-        out = [self.seen, self.since, self.next_position, *self.tail.tensors()]
+        out = [self.seen, self.since, self._one_each, self.next_position, *self.tail.tensors()]
         for block in (self.sinks, self.centroids):
             out += block.tensors() if block is not None else []
         out += [] if self._capacity is None else [self._capacity]
@@ -86,7 +87,7 @@ class LayerStore:
             return None
         entries, blocks = self.entries(), [] if self.sinks is None else [self.sinks]
         keys = entries.keys
-        if self.plan.format.pre_rope:
+        if self.plan.pre_rope:
             keys = self.rotate(keys, entries.positions)
         parts = [
             (b.keys[:, :, : b.longest], b.values[:, :, : b.longest], b.valid()) for b in blocks
@@ -169,11 +170,6 @@ class LayerStore:
         forward.lse = lse
         return out, forward
 
-    @property
-    def observes(self) -> bool:
-        """Whether a policy wants to see attention."""
-        return "attention_mass" in self.plan.recipe.needs
-
     def forward_token(
         self, keys: Tensor, values: Tensor, call: Call, positions: Tensor
     ) -> tuple[Tensor, Forward]:
@@ -189,8 +185,7 @@ class LayerStore:
         except BaseException:
             self.tail = self.tail.shrunk(before)
             raise
-        tokens = torch.ones(keys.shape[0], dtype=torch.int64)
-        return out, Forward(token, call, tokens, lse, in_tail=True)
+        return out, Forward(token, call, self._one_each, lse, in_tail=True)
 
     @property
     def takes_token(self) -> bool:
@@ -218,7 +213,7 @@ class LayerStore:
     def _observe(self, forward: Forward, new: Block | None) -> None:
         """Let the scorer see this forward's attention, and update all slot state."""
         scorer = self.plan.recipe.scorer
-        if scorer is None or not self.observes:
+        if scorer is None or not self.plan.observes:
             return
         assert forward.lse is not None
         received = attention_mass(self, forward.call, new, forward.lse)
@@ -250,6 +245,8 @@ class LayerStore:
 
     def capacity(self) -> Tensor | None:
         """C per (row, head) for the tokens seen so far; None if nothing is ever evicted."""
+        if not self.plan.evicts:
+            return None
         seen = int(self.seen.max()) if self.seen.numel() else 0
         stale = seen - self._capacity_at >= REFRESH or self._capacity_at < 0
         rows = self._capacity is not None and self._capacity.shape[0] == len(self.seen)
@@ -333,7 +330,7 @@ class LayerStore:
     def _stored_keys(self, exact: Block, n: int) -> Tensor:
         """Exact keys as the pages store them, so that a policy sees one kind of key."""
         keys = exact.keys[:, :, :n]
-        return self._unrotated(keys, exact, n) if self.plan.format.pre_rope else keys
+        return self._unrotated(keys, exact, n) if self.plan.pre_rope else keys
 
     def _unrotated(self, keys: Tensor, exact: Block, n: int) -> Tensor:
         assert self.plan.rope is not None
@@ -368,7 +365,7 @@ class LayerStore:
 
     def _losers(self, entries: Entries, lost: Tensor) -> Losers:
         keys = entries.keys.float()
-        if "pre_rope_keys" in self.plan.recipe.needs and not self.plan.format.pre_rope:
+        if "pre_rope_keys" in self.plan.recipe.needs and not self.plan.pre_rope:
             assert self.plan.rope is not None
             keys = self.plan.rope.unrotate(keys, entries.positions)
         mass = entries.meta.get("mass", torch.zeros(lost.shape, device=lost.device))
@@ -385,13 +382,13 @@ class LayerStore:
     def _seal(self, pending: Block, pages: Tensor, limit: Tensor | None) -> None:
         n = int(pages.max()) * PAGE
         block = pending.each(lambda x: x[:, :, :n], pages * PAGE)
-        if self.plan.format.pre_rope:
+        if self.plan.pre_rope:
             block = Block(
                 self._unrotated(block.keys, block, n), block.values, block.count, block.meta
             )
         self.pool.seal(block, pages, limit)
         self.counters.sealed += int(pages.sum()) * PAGE
-        if self.plan.recipe.evicts:
+        if self.plan.evicts:
             self._reclaim()
         rest = pending.span(pages * PAGE, pending.count - pages * PAGE)
         self.tail = rest.owned(max(rest.longest, GRANULE))
@@ -407,6 +404,7 @@ class LayerStore:
         self.sinks = self.sinks.rows(index) if self.sinks is not None else None
         self.centroids = self.centroids.rows(index) if self.centroids is not None else None
         self.seen, self.since = self.seen[host], self.since[host]
+        self._one_each = torch.ones_like(self.seen)
         self.next_position = self.next_position.index_select(0, index.to(self.device))
         self._capacity = None
         self.pool.rows(index)

@@ -7,6 +7,7 @@ backend that can is taken.
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,8 +18,12 @@ BACKENDS = ("reference", "torch")
 _BLOCK_ELEMENTS = 1 << 24  # logits held at once by the matmul path: 64 MiB in fp32
 
 
+@cache
 def forced_backend() -> str | None:
-    """The backend demanded by `KVLOOM_BACKEND`, or None. Raises ValueError on an unknown name."""
+    """The backend demanded by `KVLOOM_BACKEND`, or None. Raises ValueError on an unknown name.
+
+    Read once; `forced_backend.cache_clear()` makes a later change of the environment count.
+    """
     name = os.environ.get("KVLOOM_BACKEND")
     if name is not None and name not in BACKENDS:
         raise ValueError(f"KVLOOM_BACKEND={name!r} is unknown; use one of {', '.join(BACKENDS)}")
