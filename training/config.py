@@ -30,12 +30,14 @@ class Stage:
     """One span of the curriculum: which sequences, how long, until how many tokens.
 
     ``lengths`` and ``mixture`` are weights; each batch draws one length, each sequence one kind.
+    ``phrasings`` limits facts to the first few ways of saying them; 0 means all, and questions too.
     """
 
     until: int
     batch_tokens: int
     lengths: dict[int, float]
     mixture: dict[str, float]
+    phrasings: int = 0
 
 
 @dataclass(frozen=True)

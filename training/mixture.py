@@ -43,6 +43,12 @@ class Mixture:
         self.corpus, self.recipe = corpus, recipe
         self.vocab = corpus.tokenizer.get_vocab_size()
         self.encode = lru_cache(maxsize=100_000)(self._encode)
+        self.use_phrasings(0)
+
+    def use_phrasings(self, count: int) -> None:
+        """Limit facts to the first ``count`` statements; 0 brings all of them and the questions."""
+        self.statements = phrases.STATEMENTS[: count or None]
+        self.asks = self.statements if count else phrases.QUESTIONS + phrases.STATEMENTS
 
     def _encode(self, text: str) -> list[int]:
         return self.corpus.tokenizer.encode(text, add_special_tokens=False).ids
@@ -51,6 +57,7 @@ class Mixture:
         """Tokens and weights [B, T + 1] of one step of the run."""
         rng = random.Random(f"{self.recipe.seed} {step}")
         stage = self.recipe.stage(tokens_seen)
+        self.use_phrasings(stage.phrasings)
         length = draw(rng, stage.lengths)
         count = stage.batch_tokens // length
         rows = [self.sequence(rng, draw(rng, stage.mixture), length) for _ in range(count)]
@@ -94,7 +101,7 @@ class Mixture:
         out = Builder()
         known: list[tuple[list[int], list[int]]] = []
         limit = rng.randint(2, max(3, length // 20))
-        before, between = self._random(rng, 0, 3), self._random(rng, 0, 6)
+        before, between = self._random(rng, 0, 3), self._random(rng, 0, 3)
         digits = self.encode("0123456789")
         values = digits if rng.random() < 0.5 else self._random(rng, 32, 32)
         key_size, value_size = rng.randint(1, 3), rng.randint(1, 5)
@@ -128,7 +135,7 @@ class Mixture:
         name and thing.
         """
         out = Builder()
-        only = rng.choice(phrases.STATEMENTS) if rng.random() < 0.5 else None
+        only = rng.choice(self.statements) if rng.random() < 0.5 else None
         limit = rng.randint(2, max(3, min(24, length // 24)))
         known: list[tuple[Fact, str]] = []
         while len(out.tokens) < length:
@@ -183,7 +190,7 @@ class Mixture:
     # --- facts ---
 
     def _state(self, rng: random.Random, out: Builder, only: str | None = None) -> tuple[Fact, str]:
-        fact, phrasing = random_fact(rng), only or rng.choice(phrases.STATEMENTS)
+        fact, phrasing = random_fact(rng), only or rng.choice(self.statements)
         out.add(self.encode("\n" + fact.prefix(phrasing)), 0.0)
         out.add(self.encode(f" {fact.value}"), 0.0)
         out.add(self.encode(".\n"), 0.0)
@@ -193,8 +200,7 @@ class Mixture:
         self, rng: random.Random, out: Builder, fact: Fact, stated: str, only: str | None = None
     ) -> None:
         """Ask as it was stated, or in any other way; the answer's tokens carry the weight."""
-        others = phrases.QUESTIONS + phrases.STATEMENTS
-        phrasing = only or (stated if rng.random() < 0.35 else rng.choice(others))
+        phrasing = only or (stated if rng.random() < 0.35 else rng.choice(self.asks))
         out.add(self.encode("\n" + fact.prefix(phrasing)), 0.0)
         out.add(self.encode(f" {fact.value}"), self.recipe.answer_weight)
         out.add(self.encode(".\n"), 1.0)

@@ -82,6 +82,15 @@ def test_training_never_sees_the_unseen_phrasings(mixture: Mixture, corpus: Corp
         assert phrasing.split("{")[0].strip() not in text
 
 
+def test_a_stage_can_limit_the_ways_of_saying_a_fact(corpus: Corpus, recipe: Recipe) -> None:
+    limited = Mixture(corpus, recipe)
+    limited.use_phrasings(1)
+    tokens, _ = limited.sequence(random.Random(2), "questions", 256)
+    text = corpus.tokenizer.decode(tokens)
+    assert text.count("\nThe ") > 5
+    assert not any(p.split("{")[0] in text for p in phrases.QUESTIONS if not p.startswith("{"))
+
+
 def answer_spans(weights: list[float]) -> list[tuple[int, int]]:
     """Half-open runs of the answer weight; the last is dropped, it may be cut off."""
     edges = np.flatnonzero(np.diff([0, *(w == WEIGHT for w in weights), 0]))
