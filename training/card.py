@@ -27,7 +27,7 @@ caches: it writes plausible sentences and finds planted facts, and knows nothing
 {tokens:,} tokens ({share:.0f} % of a schedule of {planned:,}) in {hours:.1f} hours on {machine},
 seed {seed}, torch {torch}, tokenizers {tokenizers}, Python {python}. The recipe is in
 `training.json` beside this card, word for word; `training/` in the repository runs it.
-{unfinished}
+{remarks}
 Data: English novels in the public domain (computationalstylistics/100_english_novels and
 dbamman/litbank; litbank's collection is CC BY 4.0), and the Python standard library's sources and
 language reference (PSF licence), of which the modules that `kvloom.testbed.texts` names as held
@@ -49,7 +49,7 @@ start short and grow; matrices are trained with Muon, everything else with AdamW
 def card(made: dict[str, Any], recipe: Recipe, measured: dict[str, Any] | None) -> str:
     """The card of an exported checkpoint; figures only if they were measured."""
     model, versions = recipe.model, made["versions"]
-    finished = made["tokens"] >= made["planned_tokens"]
+    remarks = [made["note"], "" if made["tokens"] >= made["planned_tokens"] else UNFINISHED]
     averaged = made["weights"] == "average"
     return CARD.format(
         **vars(model),
@@ -64,15 +64,14 @@ def card(made: dict[str, Any], recipe: Recipe, measured: dict[str, Any] | None) 
         torch=versions["torch"],
         tokenizers=versions["tokenizers"],
         python=versions["python"],
-        unfinished="" if finished else UNFINISHED,
+        remarks="".join(f"{remark}\n" for remark in remarks if remark),
         weights="The weights are the running average of the trained ones." if averaged else "",
         measured=report.evaluation(measured) if measured else "Not evaluated yet.\n",
     )
 
 
 UNFINISHED = """**The schedule is not finished**: the learning rate has not been lowered to its end
-and later stages have not been seen. The figures below are of these weights as they are.
-"""
+and later stages have not been seen. The figures below are of these weights as they are."""
 
 
 def _longest(recipe: Recipe, tokens: int) -> int:

@@ -50,8 +50,10 @@ def llama_config(model: config.ModelConfig) -> LlamaConfig:
     )
 
 
-def export(run: Path, recipe_path: Path, target: Path, weights: str = "average") -> None:
-    """Write the newest checkpoint of ``run`` to ``target``."""
+def export(
+    run: Path, recipe_path: Path, target: Path, weights: str = "average", note: str = ""
+) -> None:
+    """Write the newest checkpoint of ``run`` to ``target``; ``note`` goes into the card."""
     recipe = config.load(recipe_path)
     newest = checkpoint.steps(run / "checkpoints")[-1]
     tensors, state = checkpoint.load(newest)
@@ -66,7 +68,12 @@ def export(run: Path, recipe_path: Path, target: Path, weights: str = "average")
         bos_token_id=BEGIN_ID, eos_token_id=BEGIN_ID, pad_token_id=PAD_ID
     ).save_pretrained(target)
     _save_tokenizer(run, target, recipe.model.max_positions)
-    made = {"weights": weights, "parameters": sum(t.numel() for t in half.values()), **state}
+    made = {
+        "weights": weights,
+        "note": note,
+        "parameters": sum(t.numel() for t in half.values()),
+        **state,
+    }
     made |= {"planned_tokens": recipe.total, "recipe": recipe_path.read_text()}
     (target / "training.json").write_text(json.dumps(made, indent=1))
     (target / "MODEL_CARD.md").write_text(card.card(made, recipe, _measured(target)))
@@ -97,8 +104,9 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--to", type=Path, default=WEIGHTS)
     parser.add_argument("--weights", choices=("average", "model"), default="average")
+    parser.add_argument("--note", default="", help="what the card should say about this run")
     args = parser.parse_args()
-    export(args.run, args.recipe, args.to, args.weights)
+    export(args.run, args.recipe, args.to, args.weights, args.note)
 
 
 if __name__ == "__main__":

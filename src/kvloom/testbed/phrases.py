@@ -83,7 +83,7 @@ UNSEEN_STATEMENTS = (
 UNSEEN_QUESTIONS = (
     "Tell me the {kind} for the {thing} of {name}:",
     "Somebody wanted to know about {name}'s {thing}; the right {kind} was",
-    "What did we say about {name}'s {thing}? We said",
+    "What did we say about {name}'s {thing}? That its {kind} was",
 )
 
 

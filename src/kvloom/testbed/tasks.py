@@ -96,14 +96,24 @@ def plant(text: str, statements: Sequence[str], depths: Sequence[float]) -> str:
 
 
 def fit(text: str, room: int, measure: Measure) -> str:
-    """The longest prefix of ``text``, cut between words, that measures at most ``room``."""
-    if room <= 0:
-        return ""
-    low, high = 0, min(len(text), room * 12)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if measure(text[:middle]) <= room else (low, middle - 1)
-    return text if low == len(text) else text[:low].rpartition(" ")[0]
+    """A prefix of ``text``, cut between words, that measures just under ``room``.
+
+    By interpolation, within a hundredth: measuring may mean tokenising, so few measurements count
+    more than the last words.
+    """
+    low, low_size, high = 0, 0, min(len(text), max(0, room) * 12)
+    high_size = measure(text[:high])
+    if high_size <= room:
+        return text[:high]
+    while high - low > 1 and room - low_size > room / 100:
+        guess = low + (high - low) * (room - low_size) // (high_size - low_size)
+        cut = min(max(guess, low + 1), high - 1)
+        size = measure(text[:cut])
+        if size <= room:
+            low, low_size = cut, size
+        else:
+            high, high_size = cut, size
+    return text[:low].rpartition(" ")[0]
 
 
 def _gap(text: str, at: int) -> int:
