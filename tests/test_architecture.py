@@ -28,8 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": KERNELS | {"core", "formats", "policies", "hf", "testbed", "evaluation"},
 }
 TORCH_ONLY = {"kernels", "positions", "core", "formats", "policies"}
-# The demo plays the user, who has transformers at hand; everything else reaches a model by `hf`.
-MAY_IMPORT_TRANSFORMERS = ("hf/", "cli/demo.py")
+MAY_IMPORT_TRANSFORMERS = ("hf/",)
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 

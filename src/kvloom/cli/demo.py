@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
 
 from kvloom import testbed
+from kvloom.hf import load as host
 from kvloom.hf.cache import CompressedCache
 from kvloom.hf.stats import CacheStats
 from kvloom.testbed import texts
@@ -48,24 +40,9 @@ class Subject:
     trained: bool
 
 
-class Follow(LogitsProcessor):
-    """Makes generate follow given tokens, and counts how often it would have chosen the same."""
-
-    def __init__(self, tokens: Tensor):
-        self.tokens, self.step, self.same = tokens.tolist(), 0, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self.tokens[self.step]
-        self.step += 1
-        self.same += int(scores[0].argmax()) == token
-        return torch.full_like(scores, float("-inf")).index_fill_(
-            1, torch.tensor([token], device=scores.device), 0.0
-        )
-
-
 def run(console: Console, prompt_tokens: int, new_tokens: int, more: list[Row]) -> None:
     """Print the table; `more` are recipes with budgets to add to it."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    host.quiet()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a small model; waiting threads are slow on a busy machine
     try:
@@ -83,12 +60,11 @@ def run(console: Console, prompt_tokens: int, new_tokens: int, more: list[Row]) 
 
 def measure(subject: Subject, rows: list[Row], new_tokens: int) -> list[tuple[CacheStats, float]]:
     """Each recipe's figures, and the share of tokens that it agrees on with the first."""
-    reference, stats = generate(subject, rows[0], new_tokens)
+    reference, stats, _ = generate(subject, rows[0], new_tokens)
     results = [(stats, 1.0)]
     for row in rows[1:]:
-        follow = Follow(reference)
-        _, stats = generate(subject, row, new_tokens, follow)
-        results.append((stats, follow.same / len(reference)))
+        _, stats, same = generate(subject, row, new_tokens, reference)
+        results.append((stats, same))
     return results
 
 
@@ -98,8 +74,7 @@ def load(prompt_tokens: int) -> Subject:
         folder = testbed.path()
     except FileNotFoundError:
         return random_llama(prompt_tokens)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = host.pretrained(folder, torch.bfloat16)
     ids: list[int] = []
     for text in texts.held_out_texts():
         ids += tokenizer(text)["input_ids"]
@@ -109,19 +84,14 @@ def load(prompt_tokens: int) -> Subject:
     if prompt_tokens > longest:
         raise ValueError(f"a prompt of {prompt_tokens} tokens: this model was made for {longest}")
     prompt = torch.tensor([ids[:prompt_tokens]])
-    return Subject(model.eval(), prompt, _describe(model.config, "testbed model"), True)
+    return Subject(model, prompt, _describe(model.config, "testbed model"), True)
 
 
 def random_llama(prompt_tokens: int) -> Subject:
     """A seeded Llama without training: right for bytes, meaningless for quality."""
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=20480,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).bfloat16()
-    prompt = torch.randint(1, config.vocab_size, (1, prompt_tokens))
-    return Subject(model.eval(), prompt, _describe(config, "random Llama"), False)
+    model = host.random_llama(torch.bfloat16)
+    prompt = torch.randint(1, model.config.vocab_size, (1, prompt_tokens))
+    return Subject(model, prompt, _describe(model.config, "random Llama"), False)
 
 
 def _describe(config: Any, name: str) -> str:
@@ -132,21 +102,12 @@ def _describe(config: Any, name: str) -> str:
 
 
 def generate(
-    subject: Subject, row: Row, new_tokens: int, follow: Follow | None = None
-) -> tuple[Tensor, CacheStats]:
-    """Greedy tokens `[N]` and the cache's figures after them; `follow` dictates the tokens."""
+    subject: Subject, row: Row, new_tokens: int, follow: Tensor | None = None
+) -> tuple[Tensor, CacheStats, float]:
+    """Greedy tokens `[N]`, the cache's figures after them, and the agreement with `follow`."""
     cache = CompressedCache(subject.model, *row)
-    processors = LogitsProcessorList([] if follow is None else [follow])
-    out = subject.model.generate(
-        subject.prompt,
-        attention_mask=torch.ones_like(subject.prompt),
-        past_key_values=cache,
-        do_sample=False,
-        min_new_tokens=new_tokens if follow is None else None,
-        max_new_tokens=new_tokens,
-        logits_processor=processors,
-    )
-    return out[0, subject.prompt.shape[1] :], cache.stats()
+    tokens, same = host.greedy(subject.model, subject.prompt, cache, new_tokens, follow)
+    return tokens, cache.stats(), same
 
 
 def table(subject: Subject, new_tokens: int, results: list[tuple[CacheStats, float]]) -> Table:
