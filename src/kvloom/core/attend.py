@@ -176,13 +176,15 @@ def attention_mass(store: LayerStore, call: Call, new: Block | None, lse: Tensor
         columns.append(received)
     tail = _block_tier(store.tail)
     columns += [] if tail is None else [_mass(tail, call, lse)]
-    if new is not None:
-        causal = _block_tier(new)
-        assert causal is not None
-        causal.mask = call.new_mask
-        if causal.mask is None:
-            causal.mask = ops.causal_mask(new.longest, new.keys.device)
+    causal = None if new is None else _block_tier(new)
+    if causal is not None:  # None too if every new token was a rejected draft
+        n = causal.keys.shape[2]
+        causal.mask = (
+            ops.causal_mask(n, causal.keys.device) if call.new_mask is None else call.new_mask
+        )
         columns.append(_mass(causal, call, lse))
+    if not columns:
+        return call.query.new_zeros((*call.query.shape[:2], 0), dtype=torch.float32)
     return torch.cat(columns, dim=2)
 
 

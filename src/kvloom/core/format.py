@@ -74,7 +74,8 @@ class Encoded:
     Attributes:
         slot: `[N, 64, *field.shape]` per slot field.
         scale_set: `[M, *field.shape]` per set field.
-        set_of: int32 `[N]`, the scale set of each page (pages may share one).
+        set_of: int32 `[N]`, the scale set of each page (pages may share one), or `[N, 2]`, one for
+            each tile.
         statistics: what a streaming format carries to its next call, `[B, H, ...]` per entry.
     """
 

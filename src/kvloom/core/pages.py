@@ -36,6 +36,8 @@ class PagePool:
         base_positions: bool = False,
     ):
         self.format, self.layout, self.dtype, self.device = fmt, layout, dtype, device
+        if base_positions and device.type != "cpu":  # telling a gap would wait for the device
+            meta, base_positions = {"positions": torch.int32, **meta}, False
         self.meta, self.base_positions = meta, base_positions
         self.slabs: list[Slab] = []
         self.pages = torch.zeros(rows, heads, dtype=torch.int64)
@@ -198,10 +200,13 @@ class PagePool:
         n = next(iter(encoded.scale_set.values())).shape[0]
         for name, x in slab.sets.items():
             x[slab.n_sets : slab.n_sets + n] = encoded.scale_set[name]
-        slab.set_of[index] = (encoded.set_of.to(torch.int32) + slab.n_sets)[:, None]
+        ids = encoded.set_of.to(torch.int32) + slab.n_sets
+        slab.set_of[index] = ids if ids.ndim == 2 else ids[:, None]
         slab.n_sets += n
 
     def _store_meta(self, slab: Slab, block: Block, pages: Tensor) -> None:
+        if slab.base is not None and not _consecutive(block, pages):
+            slab.spell_out_positions()
         n, at = uniform(pages), uniform(slab.used)
         spans = (
             [(slice(None), slice(None), n, at)]
@@ -253,7 +258,9 @@ class PagePool:
 
     def rows(self, index: Tensor) -> None:
         """Select rows by reference, then drop storage that no row uses if it is most of a slab."""
-        self.statistics = {n: x.index_select(0, index) for n, x in self.statistics.items()}
+        self.statistics = {
+            n: x.index_select(0, index.to(x.device)) for n, x in self.statistics.items()
+        }
         for slab in self.slabs:
             slab.rows(index)
             collect(slab)
@@ -284,6 +291,13 @@ class PagePool:
         if self.stuck.shape == dead.shape:
             dead = dead - self.stuck
         return int((dead.clamp_min(0) // PAGE).sum())
+
+
+def _consecutive(block: Block, pages: Tensor) -> bool:
+    """Whether the positions within each of these pages go up one by one."""
+    positions = block.meta["positions"][:, :, : int(pages.max()) * PAGE].unflatten(2, (-1, PAGE))
+    used = torch.arange(positions.shape[2]) < pages[..., None]
+    return bool((positions.diff(dim=-1) == 1).all(-1)[used].all())
 
 
 def _padded(alive: Tensor, slots: int) -> Tensor:

@@ -91,6 +91,14 @@ class Slab:
         step = torch.arange(PAGE, dtype=torch.int32, device=self.device)
         return (self.base[:, :, :n, None] + step).flatten(2)
 
+    def spell_out_positions(self) -> None:
+        """Store every slot's position, because a page's first one no longer tells the others."""
+        full = torch.zeros(
+            *self.first.shape, int(self.room.max()) * PAGE, dtype=torch.int32, device=self.device
+        )
+        full[:, :, : self.pages * PAGE] = self.positions()
+        self.meta, self.base = {**self.meta, "positions": full}, None
+
     def changed(self) -> None:
         self._segments = None
 

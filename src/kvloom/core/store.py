@@ -165,7 +165,7 @@ class LayerStore:
         forward = self.stage(keys, values, call, columns, positions)
         if self.plan.in_cache:
             before = (forward.tokens - 1).to(self.device)
-            self.next_position = positions[:, -1].to(torch.int64) - before
+            self.next_position = _last_valid(positions, columns) - before
         out, lse = attend(self, call, forward.block)
         forward.lse = lse
         return out, forward
@@ -279,7 +279,11 @@ class LayerStore:
             limit = self._page_limit(capacity)
         if pending.longest >= PAGE + self.plan.format.residual:
             pages = (pending.count - self.plan.format.residual).clamp_min(0) // PAGE
-            self._seal(pending, pages, limit)
+            try:
+                self._seal(pending, pages, limit)
+            except Exception:  # a format failed: everything stays exact
+                self.tail = pending.owned(pending.longest)
+                raise
         elif pending is not self.tail:
             self.tail = pending.owned(pending.longest)
 
@@ -406,7 +410,7 @@ class LayerStore:
         self.seen, self.since = self.seen[host], self.since[host]
         self._one_each = torch.ones_like(self.seen)
         self.next_position = self.next_position.index_select(0, index.to(self.device))
-        self._capacity = None
+        self._capacity = None if self._capacity is None else self._capacity[host]
         self.pool.rows(index)
 
     def drop_newest(self, n: int) -> None:
@@ -426,6 +430,17 @@ class LayerStore:
         from_pages = torch.minimum(left, self.pool.live)
         if bool((from_pages > 0).any()):
             self.pool.drop_newest(from_pages)
+            if not self.plan.base_positions:  # there, a page's first position must stay first
+                self._reclaim()
         if self.sinks is not None:
             self.sinks = self.sinks.shrunk(self.sinks.count - (left - from_pages))
         self.seen, self.since = self.seen - n, self.since - n
+
+
+def _last_valid(positions: Tensor, columns: Tensor | None) -> Tensor:
+    """Position of each row's last valid column, int64 `[B]`."""
+    if columns is None:
+        return positions[:, -1].to(torch.int64)
+    steps = torch.arange(1, columns.shape[1] + 1, device=columns.device)
+    last = (columns * steps).argmax(-1, keepdim=True)
+    return positions.gather(1, last)[:, 0].to(torch.int64)

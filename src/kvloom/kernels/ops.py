@@ -7,7 +7,8 @@ backend that can is taken.
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -41,10 +42,16 @@ def partial_attention(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.partial_attention`; long queries are served in blocks."""
-    reason = _torch_refusal(query, keys, values, softcap)
-    if reason is None:
-        return torch_cpu.partial_attention(query, keys, values, scale=scale, bias=bias, mask=mask)
-    return _blocked(query, keys, values, scale=scale, softcap=softcap, bias=bias, mask=mask)
+    if _torch_refusal(query, keys, values, softcap) is None:
+        if mask is None or mask.shape[-2] == 1:
+            return torch_cpu.partial_attention(
+                query, keys, values, scale=scale, bias=bias, mask=mask
+            )
+        # a mask per query is spread over the group's heads: only for a block of queries at a time
+        serve = partial(torch_cpu.partial_attention, scale=scale, bias=bias)
+    else:
+        serve = partial(reference.partial_attention, scale=scale, softcap=softcap, bias=bias)
+    return _blocked(serve, query, keys, values, mask)
 
 
 def causal_attention(
@@ -140,30 +147,18 @@ def _block(query: Tensor, keys: Tensor) -> int:
 
 
 def _blocked(
+    serve: Callable[..., tuple[Tensor, Tensor]],
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    bias: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """`serve` for blocks of queries, so that no large Q x S tensor is ever made."""
     step = _block(query, keys)
-    if step >= query.shape[-2]:
-        return reference.partial_attention(
-            query, keys, values, scale=scale, softcap=softcap, bias=bias, mask=mask
-        )
     parts = [
-        reference.partial_attention(
-            query[..., i : i + step, :],
-            keys,
-            values,
-            scale=scale,
-            softcap=softcap,
-            bias=bias,
-            mask=_queries(mask, slice(i, i + step)),
-        )
+        serve(query[..., i : i + step, :], keys, values, mask=_queries(mask, slice(i, i + step)))
         for i in range(0, query.shape[-2], step)
     ]
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat([out for out, _ in parts], -2), torch.cat([lse for _, lse in parts], -1)

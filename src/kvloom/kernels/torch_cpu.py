@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# below this a log-sum-exp can only come from masked entries
+_EMPTY = torch.finfo(torch.float32).min / 4
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
@@ -30,9 +32,9 @@ def why_not(query: Tensor, keys: Tensor, values: Tensor, softcap: float | None) 
 
 
 def _additive(
-    bias: Tensor | None, mask: Tensor | None, shape: tuple[int, int, int, int], dtype: torch.dtype
+    bias: Tensor | None, mask: Tensor | None, shape: tuple[int, int, int, int]
 ) -> Tensor | None:
-    """`bias` and `mask` as one additive tensor `[B, H or 1, Q or 1, S]`, finite everywhere."""
+    """`bias` and `mask` as one fp32 tensor `[B, H or 1, Q or 1, S]` to add, finite everywhere."""
     if bias is None and mask is None:
         return None
     B, _, Q, S = shape
@@ -41,7 +43,7 @@ def _additive(
         total = total + bias.float()[:, :, None, :]
     if mask is not None:
         total = total.masked_fill(~mask.expand(B, -1, Q, S), float("-inf"))
-    return total.clamp_min(torch.finfo(dtype).min / 2).to(dtype)
+    return total.clamp_min(torch.finfo(torch.float32).min / 2)
 
 
 def partial_attention(
@@ -56,7 +58,7 @@ def partial_attention(
     """As `reference.partial_attention`; `out` stays in the input's dtype."""
     assert _FLASH is not None
     B, H, G, Q, D = query.shape
-    extra = _additive(bias, mask, (B, H, Q, keys.shape[-2]), query.dtype)
+    extra = _additive(bias, mask, (B, H, Q, keys.shape[-2]))
     if extra is not None:
         if extra.shape[2] > 1:
             extra = extra.unsqueeze(2).expand(B, H, G, Q, -1).reshape(B, H, G * Q, -1)
@@ -66,14 +68,9 @@ def partial_attention(
     )
     out, lse = out.reshape(B, H, G, Q, -1), lse.reshape(B, H, G, Q)
     if extra is not None:
-        empty = lse < _limit(query.dtype)
+        empty = lse < _EMPTY
         out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, float("-inf"))
     return out, lse
-
-
-def _limit(dtype: torch.dtype) -> float:
-    """Below this a log-sum-exp can only come from masked entries."""
-    return torch.finfo(dtype).min / 4
 
 
 def causal_attention(
