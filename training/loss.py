@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OVERALL = 1024
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -21,7 +22,7 @@ def windows(tokenizer: Any, documents: Sequence[str], length: int, count: int) -
     rng, out = random.Random(0), []
     for _ in range(count):
         start = rng.randrange(max(1, len(text) - 8 * length))
-        ids = tokenizer(text[start : start + 8 * length]).input_ids
+        ids = tokenizer(text[start : start + 8 * length], verbose=False).input_ids
         if len(ids) >= length:
             out.append(ids[:length])
     if not out:
@@ -47,7 +48,7 @@ def token_losses(model: Any, ids: Sequence[int]) -> Tensor:
 def loss_per_byte(
     model: Any, tokenizer: Any, documents: Sequence[str], length: int, count: int = 32
 ) -> dict[str, Any]:
-    """Bits per byte and token perplexity over full windows, and bits per byte by position."""
+    """Bits per byte and perplexity of the first 1,024 tokens; bits per byte by position."""
     sizes, rows = byte_lengths(tokenizer), windows(tokenizer, documents, length, count)
     losses = torch.stack([token_losses(model, ids) for ids in rows])
     weights = sizes[torch.tensor(rows)[:, 1:]]
@@ -56,10 +57,12 @@ def loss_per_byte(
         if low < length:
             part = slice(max(0, low - 1), high - 1)
             position[f"{low}-{high}"] = _bits(losses[:, part], weights[:, part])
+    # Of equal span for every model, also for one that was not trained on the longest windows.
+    early, early_weights = losses[:, : OVERALL - 1], weights[:, : OVERALL - 1]
     return {
-        "bits_per_byte": _bits(losses, weights),
-        "perplexity": round(math.exp(losses.mean().item()), 3),
-        "tokens": losses.numel(),
+        "bits_per_byte": _bits(early, early_weights),
+        "perplexity": round(math.exp(early.mean().item()), 3),
+        "tokens": early.numel(),
         "bits_per_byte_by_position": position,
     }
 

@@ -82,8 +82,8 @@ def evaluation(results: dict[str, Any]) -> str:
             "phrasings.",
             recall(results),
             f"Key-value lists: {key_value}.",
-            "## Loss on held-out text\n\nThe columns by context give the bits per byte of the same "
-            "128 tokens after that many tokens in all.",
+            "## Loss on held-out text\n\nOverall over the first 1,024 tokens; the columns by context "
+            "give the bits per byte of the same 128 tokens after that many tokens in all.",
             losses(results),
             "Bits per byte by position in the window:",
             positions(results),
