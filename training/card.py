@@ -33,14 +33,16 @@ dbamman/litbank; litbank's collection is CC BY 4.0), and the Python standard lib
 language reference (PSF licence), of which the modules that `kvloom.testbed.texts` names as held
 out were never seen. The rest is synthetic: facts asked again, key-value lists, copied and repeated
 spans. Synthetic sequences count in the loss only where looking back can predict them. Sequences
-start short and grow; matrices are trained with Muon, everything else with AdamW. {weights}
+start short and grow; matrices are trained with Muon, everything else with AdamW.
+{weights}
 
 {measured}
 ## Limits
 
 - English prose of the 19th century and Python; anything else is foreign to it.
 - Facts of the form `name, thing, value` are what it retrieves; it does not answer free questions.
-- Figures above are with a dense cache in float32. Beyond {max_positions:,} tokens it is undefined.
+- Figures above are with a dense cache in float32. Beyond the longest length
+  trained, {longest:,} tokens, it falls apart.
 - Being small, it has few heads: a method that relies on many specialised heads shows less here
   than in a large model.
 """
