@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvloom.core.attend import Call
@@ -56,3 +57,12 @@ class Counters:
     merged: int = 0
     sealed: int = 0
     compactions: int = 0
+
+
+def last_valid(positions: Tensor, columns: Tensor | None) -> Tensor:
+    """Position of each row's last valid column, int64 `[B]`."""
+    if columns is None:
+        return positions[:, -1].to(torch.int64)
+    steps = torch.arange(1, columns.shape[1] + 1, device=columns.device)
+    last = (columns * steps).argmax(-1, keepdim=True)
+    return positions.gather(1, last)[:, 0].to(torch.int64)

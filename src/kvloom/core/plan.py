@@ -180,6 +180,11 @@ class LayerPlan:
                     "evicts, so its bytes follow from its format; add a scorer or drop the budget"
                 )
             return
+        if self.recipe.merger is not None and scorer.in_cache:
+            raise ValueError(
+                f"recipe '{self.recipe}': a centroid keeps its members' original positions, which "
+                "in-cache positions leave behind; say positions='original'"
+            )
         if budget is None and scorer.capacity is None:
             raise ValueError(
                 f"recipe '{self.recipe}': {scorer.name} evicts down to a budget and none was given; "
@@ -195,6 +200,16 @@ class LayerPlan:
                 f"budget {str(budget)!r} with recipe '{self.recipe}': this schedule has no bound"
             )
         self._check_floor()
+
+    def check_rows(self, rows: int) -> None:
+        """Raise ValueError if a budget in bytes is below the floor of this many rows."""
+        if self.budget is None or self.budget.kind != "bytes" or not self.evicts:
+            return
+        if self.budget.amount < rows * self.floor():
+            raise ValueError(
+                f"budget {str(self.budget)!r} is below the floor of recipe '{self.recipe}' for this "
+                f"model: {self.floor()} bytes per row, and the batch has {rows}"
+            )
 
     def _check_floor(self) -> None:
         budget = self.budget

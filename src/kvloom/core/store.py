@@ -13,7 +13,7 @@ from kvloom.core.budget import CellCost
 from kvloom.core.compaction import compact
 from kvloom.core.entries import Entries
 from kvloom.core.format import PAGE
-from kvloom.core.forward import Counters, Forward
+from kvloom.core.forward import Counters, Forward, last_valid
 from kvloom.core.pages import PagePool
 from kvloom.core.plan import CENTROID_DTYPE, LayerPlan
 from kvloom.core.policy import Losers, select
@@ -165,7 +165,7 @@ class LayerStore:
         forward = self.stage(keys, values, call, columns, positions)
         if self.plan.in_cache:
             before = (forward.tokens - 1).to(self.device)
-            self.next_position = _last_valid(positions, columns) - before
+            self.next_position = last_valid(positions, columns) - before
         out, lse = attend(self, call, forward.block)
         forward.lse = lse
         return out, forward
@@ -413,16 +413,20 @@ class LayerStore:
         self._capacity = None if self._capacity is None else self._capacity[host]
         self.pool.rows(index)
 
-    def drop_newest(self, n: int) -> None:
-        """Forget the newest `n` tokens of every row.
-
-        Raises RuntimeError, before anything is changed, if some of them may be gone already.
-        """
+    def check_drop(self, n: int) -> None:
+        """Raise RuntimeError if some of the newest `n` tokens may be gone already."""
         if n > int(self.since.min()):
             raise RuntimeError(
                 f"cannot remove the newest {n} tokens: the cache was compressed "
                 f"{int(self.since.min())} tokens ago; copy it before the turn, or crop less"
             )
+
+    def drop_newest(self, n: int) -> None:
+        """Forget the newest `n` tokens of every row.
+
+        Raises RuntimeError, before anything is changed, if some of them may be gone already.
+        """
+        self.check_drop(n)
         left = torch.full_like(self.tail.count, n)
         from_tail = torch.minimum(left, self.tail.count)
         self.tail = self.tail.shrunk(self.tail.count - from_tail)
@@ -435,12 +439,3 @@ class LayerStore:
         if self.sinks is not None:
             self.sinks = self.sinks.shrunk(self.sinks.count - (left - from_pages))
         self.seen, self.since = self.seen - n, self.since - n
-
-
-def _last_valid(positions: Tensor, columns: Tensor | None) -> Tensor:
-    """Position of each row's last valid column, int64 `[B]`."""
-    if columns is None:
-        return positions[:, -1].to(torch.int64)
-    steps = torch.arange(1, columns.shape[1] + 1, device=columns.device)
-    last = (columns * steps).argmax(-1, keepdim=True)
-    return positions.gather(1, last)[:, 0].to(torch.int64)

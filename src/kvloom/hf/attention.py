@@ -8,6 +8,7 @@ to SDPA, so the implementation can stay installed.
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +44,7 @@ class Handle:
 
 def announce(cache: CompressedCache) -> None:
     """Called by `get_mask_sizes`: the next mask to be built belongs to this cache."""
-    _LOCAL.cache = cache
+    _LOCAL.cache = weakref.ref(cache)
 
 
 def mask_function(
@@ -56,7 +57,8 @@ def mask_function(
     **kwargs: Any,
 ) -> Tensor | None:
     """Transformers' SDPA mask; on the way, the cache learns which new columns are padding."""
-    cache = getattr(_LOCAL, "cache", None)
+    announced = getattr(_LOCAL, "cache", None)
+    cache = None if announced is None else announced()
     if cache is not None and kwargs.get("local_size") is None:
         _LOCAL.cache = None
         cache.context.learn(attention_mask, int(kv_offset), int(q_length))

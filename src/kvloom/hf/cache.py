@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
+    CacheLayerMixin,
     get_layer_types_and_kwargs,
 )
 
@@ -79,7 +80,8 @@ class CompressedCache(Cache):
             for i, (kind, extra) in enumerate(zip(kinds, kwargs, strict=True))
         ]
         super().__init__(layers=layers)
-        self.context.last = len(layers) - 1
+        attending = [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+        self._first, self.context.last = attending[0], attending[-1]
         self._broken: str | None = None
 
     # -- one forward -----------------------------------------------------------------------------
@@ -88,7 +90,7 @@ class CompressedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Stage the new tokens of one layer; on an error the whole forward is taken back."""
-        if layer_idx == 0:
+        if layer_idx == self._first:
             self._open()
         try:
             self.context.check_finite(key_states.detach(), value_states.detach())
@@ -97,7 +99,7 @@ class CompressedCache(Cache):
             self.roll_back()
             raise
         if layer_idx == self.context.last and not isinstance(result[0], Handle):
-            self.context.opened_at = None
+            self.context.end_forward()
         return result
 
     def _open(self) -> None:
@@ -138,9 +140,17 @@ class CompressedCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """See `Cache`; also tells our mask function whose mask comes next."""
         self.context.handles = self._wants_handles()
-        if isinstance(self.layers[layer_idx], CompressedLayer):
+        if self.context.handles and isinstance(self.layers[layer_idx], CompressedLayer):
             announce(self)
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens (see `CompressedLayer.crop`): in all layers, or in none."""
+        amount = int(tokens_to_remove)
+        n = -amount if amount <= 0 else max(0, super().get_seq_length() - amount)
+        for layer in self.compressed:
+            layer.check_crop(n)
+        super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything; the cache is as new."""
@@ -167,11 +177,15 @@ class CompressedCache(Cache):
         return rows * plan.floor()
 
     def ceiling(self) -> int | None:
-        """Bytes that the cache holds at most after a commit, now; None if nothing bounds it."""
+        """Bytes that the cache holds at most after a commit, now; None if nothing bounds it.
+
+        Layers that kvloom does not compress (sliding windows) count with what they hold.
+        """
         stores = [layer.store for layer in self.compressed if layer.store is not None]
         if not stores or not self.recipe.evicts or not self.recipe.schedule.bounded:
             return None
-        return sum(store.ceiling() for store in stores)
+        others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
+        return sum(store.ceiling() for store in stores) + unique_nbytes(others)
 
     def stats(self) -> CacheStats:
         """Bytes by part, bits, ratios and counts; waits for the device."""

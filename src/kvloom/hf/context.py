@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
 from kvloom.hf import attention
+from kvloom.hf.rope import attention_modules
 
 
 class Host:
@@ -20,9 +21,22 @@ class Host:
     def __init__(self, model: nn.Module | None, config: Any):
         self._model = None if model is None else weakref.ref(model)
         self.config = config
+        self._modules = (
+            set() if model is None else {id(m) for m in attention_modules(model).values()}
+        )
 
     def __deepcopy__(self, memo: object) -> Host:
         return self
+
+    def check(self, module: nn.Module) -> None:
+        """Raise ValueError if `module` (an attention) is not one of this model's."""
+        config = getattr(module, "config", self.config)
+        if config is self.config and (not self._modules or id(module) in self._modules):
+            return
+        raise ValueError(
+            f"this cache was made for a {self.config.model_type!r} model and is used with another "
+            f"one ({config.model_type!r}): make one cache per model"
+        )
 
     @property
     def model(self) -> nn.Module | None:
@@ -62,6 +76,10 @@ class Context:
     opened_at: int | None = None
     last: int = 0
     bad: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def end_forward(self) -> None:
+        """The last layer has committed: the forward is whole, and its mask is no longer news."""
+        self.opened_at, self.masked_at = None, -1
 
     def learn(self, mask: Tensor | None, seen: int, new: int) -> None:
         """Take the validity of the new columns from a 2D mask `[B, seen + new]`.

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvloom.core.attend import Call
 from kvloom.core.forward import Forward
 from kvloom.core.plan import LayerPlan
+from kvloom.core.schedule import Lazy
 from kvloom.core.store import LayerStore
 from kvloom.formats.dense import Dense
 from kvloom.hf.attention import Handle
@@ -35,6 +36,7 @@ class CompressedLayer(CacheLayerMixin):
         self.context, self.index, self.layer_idx = context, index, layer_idx
         self.store: LayerStore | None = None
         self.columns = 0
+        self.padded_until = 0  # columns up to the last one that some row had as padding
         self.record_past = False
         self.staged: tuple[Tensor, Tensor] | None = None
         self.pending: Forward | None = None
@@ -53,6 +55,7 @@ class CompressedLayer(CacheLayerMixin):
             keys.shape[1], keys.shape[3], values.shape[3], keys.dtype,
             track_positions=context.track_positions,
         )  # fmt: skip
+        plan.check_rows(keys.shape[0])
         if not (plan.format.pre_rope or plan.in_cache or "pre_rope_keys" in recipe.needs):
             return plan
         if context.host.model is None:
@@ -63,7 +66,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store, self.staged, self.pending = None, None, None
-        self.columns, self.record_past, self.is_initialized = 0, False, False
+        self.columns, self.padded_until = 0, 0
+        self.record_past, self.is_initialized = False, False
 
     # -- one forward -----------------------------------------------------------------------------
 
@@ -74,7 +78,9 @@ class CompressedLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(keys, values)
         self._check_shapes(keys, values)
-        self._accept_pending()
+        if self.pending is not None:  # nobody cropped: assisted decoding is over
+            self.record_past = False
+            self._accept_pending()
         self.columns += keys.shape[2]
         if self.context.handles:
             self.staged = (keys, values)
@@ -111,12 +117,7 @@ class CompressedLayer(CacheLayerMixin):
                 "a compressed cache is for inference: call model.eval(), or train without a cache"
             )
         query = query.detach()
-        config = getattr(module, "config", None)
-        if config is not None and config is not self.context.host.config:
-            raise ValueError(
-                f"this cache was made for a {self.context.host.config.model_type!r} model and is used "
-                f"with another one ({config.model_type!r}): make one cache per model"
-            )
+        self.context.host.check(module)
         if self.staged is None or self.store is None:
             raise RuntimeError(f"layer {self.layer_idx} is read before it is updated")
         keys, values = self.staged
@@ -127,7 +128,7 @@ class CompressedLayer(CacheLayerMixin):
             call.sink_logits = sink_logits.reshape(H, heads // H)
         seen = self.columns - Q
         columns = self.context.columns_at(seen)
-        columns = columns if columns is None else columns.to(keys.device)
+        columns = self._note_padding(columns, seen, keys.device)
         self._set_masks(call, mask, seen, columns)
         positions = self._positions(position_ids, B, Q, keys.device)
 
@@ -142,7 +143,7 @@ class CompressedLayer(CacheLayerMixin):
         else:
             self.store.commit(forward)
         if self.layer_idx == self.context.last:
-            self.context.opened_at = None
+            self.context.end_forward()
         return out.reshape(B, heads, Q, -1).to(query.dtype)
 
     def _set_masks(
@@ -154,8 +155,7 @@ class CompressedLayer(CacheLayerMixin):
             call.voters = columns
         if mask is None:
             return
-        if mask.dtype != torch.bool:
-            mask = mask > torch.finfo(mask.dtype).min / 2
+        mask = _as_bool(mask)
         if self.context.masked_at == seen:
             call.new_mask = mask[..., -Q:]
             return
@@ -169,6 +169,11 @@ class CompressedLayer(CacheLayerMixin):
                 f"the 4D attention mask has {mask.shape[-1]} columns, but the cache has seen {seen} "
                 f"tokens and gets {Q} more: pass all {seen + Q} columns"
             )
+        if not bool((self.store.stored == seen).all()):
+            raise ValueError(
+                f"a 4D attention mask {tuple(mask.shape)} addresses every column, but padded or cropped "
+                "columns are no longer in the cache: use a 2D mask throughout"
+            )
         call.new_mask = mask[..., seen:]
         call.past_mask = mask[..., :seen] if seen else None
 
@@ -179,7 +184,12 @@ class CompressedLayer(CacheLayerMixin):
         if position_ids is None:
             start = self.columns - new
             return torch.arange(start, self.columns, device=device).expand(rows, new)
-        if position_ids.ndim == 3:  # several axes (multimodal rotary): the first is time
+        if position_ids.ndim == 3:  # several axes, as in multimodal rotary embeddings
+            if self.store is not None and self.store.plan.positions:
+                raise ValueError(
+                    f"recipe '{self.context.recipe}' needs one position per token, but this model "
+                    f"rotates by {position_ids.shape[0]} axes"
+                )
             position_ids = position_ids[0]
         return position_ids.to(device).expand(rows, -1)
 
@@ -193,8 +203,9 @@ class CompressedLayer(CacheLayerMixin):
     def _update_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         assert self.store is not None
         B, H, Q, D = keys.shape
-        columns = self.context.columns_at(self.columns - Q)
-        columns = columns if columns is None else columns.to(keys.device)
+        seen = self.columns - Q
+        columns = self._note_padding(self.context.columns_at(seen), seen, keys.device)
+        self._check_dense_rows(columns, seen)
         positions = self._positions(self.context.position_ids, B, Q, keys.device)
         past = self.store.dense()
         call = Call(keys.new_zeros(B, H, 1, Q, D), 1.0)
@@ -206,6 +217,31 @@ class CompressedLayer(CacheLayerMixin):
         if past is None:
             return keys, values
         return torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+
+    def _note_padding(
+        self, columns: Tensor | None, seen: int, device: torch.device
+    ) -> Tensor | None:
+        """Remember which columns were padding somewhere: they cannot be counted back."""
+        if columns is None:
+            return None
+        bad = (~columns).any(0).nonzero()
+        if bad.numel():
+            self.padded_until = seen + int(bad.max()) + 1
+        return columns.to(device)
+
+    def _check_dense_rows(self, columns: Tensor | None, seen: int) -> None:
+        """Dense tensors are right-aligned: rows must lose their oldest columns, and only those."""
+        assert self.store is not None
+        plan, rows = self.store.plan, len(self.store.seen)
+        problem = None
+        if columns is not None and bool((self.store.seen[~columns.all(1).cpu()] > 0).any()):
+            problem = "padding after a row's first token"
+        elif rows > 1 and plan.evicts and (plan.growing or plan.recipe.schedule != Lazy()):
+            problem = "rows that keep different numbers of entries"
+        elif rows > 1 and plan.evicts and self.context.masked_at != seen:
+            problem = "eviction in a batch whose padding the cache cannot see (no model was given)"
+        if problem is not None:
+            raise ValueError(f"recipe '{plan.recipe}': the dense fallback cannot express {problem}")
 
     # -- what transformers asks ------------------------------------------------------------------
 
@@ -238,16 +274,31 @@ class CompressedLayer(CacheLayerMixin):
         """
         amount = int(tokens_to_remove)  # older transformers pass a tensor
         n = -amount if amount <= 0 else max(0, self.columns - amount)
-        if self.store is None or not 0 <= n <= self.columns:
-            if n:
-                raise ValueError(f"cannot remove {n} tokens: {self.columns} were seen")
+        self.check_crop(n)
+        if self.store is None:
             return
+        self.context.masked_at = -1
         if self.pending is not None and n <= self.pending.block.longest:
             self._accept_pending(drop=n)
         elif n:
             self._accept_pending()
             self.store.drop_newest(n)
         self.columns -= n
+
+    def check_crop(self, n: int) -> None:
+        """Raise if the newest `n` columns cannot be forgotten; changes nothing."""
+        if n > self.columns:
+            raise ValueError(f"cannot remove {n} tokens: {self.columns} were seen")
+        if n == 0 or self.store is None:
+            return
+        drafts = 0 if self.pending is None else self.pending.block.longest
+        if n > drafts and self.columns - n < self.padded_until:
+            raise RuntimeError(
+                f"cannot remove the newest {n} columns: some of them were padding, which the cache "
+                "does not hold; copy it before the turn"
+            )
+        if n > drafts:
+            self.store.check_drop(n - drafts)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx)
@@ -272,7 +323,10 @@ class CompressedLayer(CacheLayerMixin):
         return -1 if self.store is None else self.store.tail.keys.shape[0]
 
     def abort(self, columns: int) -> bool:
-        """Go back to `columns` after a forward broke off; False if that is no longer possible."""
+        """Go back to `columns` after a forward broke off; False if that is no longer possible.
+
+        Attention that the broken forward paid to older entries (h2o) is not taken back.
+        """
         if self.columns == columns:
             return True
         Q = self.columns - columns
@@ -280,9 +334,24 @@ class CompressedLayer(CacheLayerMixin):
         if self.staged is not None or self.pending is not None:
             self.staged = self.pending = None
             return True
+        if self.padded_until > columns:
+            return False
         try:
             if self.store is not None:
                 self.store.drop_newest(Q)
         except RuntimeError:
             return False
         return True
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    """A mask as bool (True: attend). Raises ValueError on an additive bias, which is no mask."""
+    if mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if not bool((hidden | (mask == 0)).all()):
+        raise ValueError(
+            f"the 4D attention mask {tuple(mask.shape)} holds values between 0 and -infinity: an "
+            "additive bias cannot be applied to compressed entries"
+        )
+    return ~hidden

@@ -107,13 +107,22 @@ def storages(tensors: Iterable[Tensor]) -> dict[tuple[str, int], int]:
     return found
 
 
+def _pending(layer: Any) -> list[Tensor]:
+    """What a forward that waits for `crop` keeps alive."""
+    forward = layer.pending
+    if forward is None:
+        return []
+    call = forward.call
+    kept = [call.query, call.new_mask, call.past_mask, call.voters, forward.lse, forward.columns]
+    return [*forward.block.tensors(), forward.tokens, *(t for t in kept if t is not None)]
+
+
 def layer_tensors(layer: Any) -> list[Tensor]:
     """Every tensor that a layer of any kind holds."""
     store = getattr(layer, "store", None)
     if isinstance(store, LayerStore):
         staged = list(layer.staged or ())
-        pending = layer.pending.block.tensors() if layer.pending is not None else []
-        return [*store.tensors(), *staged, *pending]
+        return [*store.tensors(), *staged, *_pending(layer)]
     return [x for x in vars(layer).values() if isinstance(x, Tensor)]
 
 
@@ -135,7 +144,7 @@ def _parts(layer: Any) -> dict[str, list[Tensor]]:
     parts["sinks"] = [] if store.sinks is None else store.sinks.tensors()
     parts["centroids"] = [] if store.centroids is None else store.centroids.tensors()
     parts["staged"] = list(layer.staged or ())
-    parts["staged"] += [] if layer.pending is None else layer.pending.block.tensors()
+    parts["staged"] += _pending(layer)
     known = {id(t) for tensors in parts.values() for t in tensors}
     parts["counters"] = [t for t in store.tensors() if id(t) not in known]
     return parts

@@ -26,7 +26,11 @@ class Weighted(Allocator):
     def __post_init__(self) -> None:
         for name in ("layers", "heads"):
             weights = getattr(self, name)
-            sound = isinstance(weights, tuple) and weights and all(w > 0 for w in weights)
+            sound = (
+                isinstance(weights, tuple)
+                and weights
+                and all(0 < w < float("inf") for w in weights)
+            )
             check(self, bool(sound), f"{name} must be a tuple of numbers above 0")
 
     def shares(self, layers: int, heads: int) -> Tensor:

@@ -37,7 +37,11 @@ class H2O(Scorer):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        check(self, 0 <= self.recent <= 1, "recent must be within 0..1")
+        check(
+            self,
+            type(self.recent) in (int, float) and 0 <= self.recent <= 1,
+            "recent must be within 0..1",
+        )
         check(self, type(self.sinks) is int and self.sinks >= 0, "sinks must be an int >= 0")
 
     @property
