@@ -169,7 +169,8 @@ class CompressedLayer(CacheLayerMixin):
                 f"the 4D attention mask has {mask.shape[-1]} columns, but the cache has seen {seen} "
                 f"tokens and gets {Q} more: pass all {seen + Q} columns"
             )
-        if not bool((self.store.stored == seen).all()):
+        holes = any(slab.alive is not None for slab in self.store.pool.slabs)
+        if holes or not bool((self.store.stored == seen).all()):
             raise ValueError(
                 f"a 4D attention mask {tuple(mask.shape)} addresses every column, but padded or cropped "
                 "columns are no longer in the cache: use a 2D mask throughout"
