@@ -19,7 +19,7 @@ class Int4Channel(PageFormat):
 
     The axes of KIVI (arXiv:2402.02750): key outliers sit in channels, so a channel gets its own
     scale. Deviations: groups of 64 tokens instead of 32, keys and values of an entry seal
-    together, and there is no residual window (see `kivi` for the paper's layout).
+    together, and there is no residual window.
     """
 
     name: ClassVar[str] = "int4_channel"
