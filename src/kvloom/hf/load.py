@@ -16,11 +16,13 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
+from transformers.utils.logging import disable_progress_bar
 
 
 def quiet() -> None:
-    """Let transformers report errors only."""
+    """Let transformers report errors only, and load without a progress bar."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()
 
 
 def pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
