@@ -119,18 +119,12 @@ class PagePool:
         n = uniform(pages)
         if n is not None:
             keys, values = block.keys[:, :, : n * PAGE], block.values[:, :, : n * PAGE]
-            keys, values = (
-                keys.reshape(-1, PAGE, keys.shape[3]),
-                values.reshape(-1, PAGE, values.shape[3]),
-            )
         else:
             cells = [(b, h, int(pages[b, h]) * PAGE) for b in range(B) for h in range(H)]
             keys = torch.cat([block.keys[b, h, :m] for b, h, m in cells])
             values = torch.cat([block.values[b, h, :m] for b, h, m in cells])
-            keys, values = (
-                keys.view(-1, PAGE, keys.shape[1]),
-                values.view(-1, PAGE, values.shape[1]),
-            )
+        keys = keys.reshape(-1, PAGE, keys.shape[-1])
+        values = values.reshape(-1, PAGE, values.shape[-1])
         return PageBatch(keys, values, owner // H, owner % H)
 
     def _free(self, limit: Tensor | None, pages: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -61,8 +62,7 @@ class CompressedLayer(CacheLayerMixin):
         if context.host.model is None:
             raise ValueError(f"recipe '{recipe}' needs the model's rotary embedding: construct the "
                              "cache from the model, not from its config")  # fmt: skip
-        fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-        return LayerPlan(**{**fields, "rope": rope_of(context.host.model, self.layer_idx)})
+        return dataclasses.replace(plan, rope=rope_of(context.host.model, self.layer_idx))
 
     def reset(self) -> None:
         self.store, self.staged, self.pending = None, None, None
