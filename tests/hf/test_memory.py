@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvloom import CompressedCache
 from kvloom.core.store import LayerStore
+from kvloom.core.view import entries_of
 from tests.contract.modes import beams, sequences
 from tests.models import build, generate, tokens
 
@@ -109,8 +110,8 @@ def test_reorder_carries_everything(mode):
                     rows.append(row)
                 layer.reorder_cache(beam_idx)
                 for j, row in enumerate(rows):  # same content, told apart by row
-                    mine = layer.store.entries()
-                    alone = row.entries()
+                    mine = entries_of(layer.store)
+                    alone = entries_of(row)
                     assert torch.equal(mine.valid[j, :, : alone.valid.shape[2]], alone.valid[0])
                     got = mine.keys[j][mine.valid[j]]
                     assert torch.equal(got, alone.keys[0][alone.valid[0]])

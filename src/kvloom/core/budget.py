@@ -96,9 +96,10 @@ class CellCost:
     # Metadata of pages that cells of unequal length leave unused before compaction sets in.
     IDLE_META_PAGES: ClassVar[int] = 2
 
-    def nbytes(self, peaks: Tensor) -> int:
+    def nbytes(self, peaks: Tensor, largest: int | None = None) -> int:
         """Upper bound of a layer's bytes when its cells hold at most `peaks` (sinks included).
 
+        If the cells share the sum of `peaks` among them, `largest` is the most that one may hold.
         The tail fills while the pages wait and the other way round, so the worst split counts.
         """
         free = [max(0, n - self.sinks) for n in peaks.flatten().tolist()]
@@ -106,8 +107,19 @@ class CellCost:
             self.sinks * self.exact_slot + self.centroids * self.centroid_slot + self.overhead
         )
         full = PAGE + self.residual
+        if largest is not None:
+            shared = self._shared_nbytes(sum(free), largest - self.sinks, len(free))
+            return int(len(free) * reserved + shared)
         splits = {min(max(free), full)} | {t for t in range(0, full, GRANULE) if t <= max(free)}
         return int(len(free) * reserved + max(self._split_nbytes(free, t) for t in splits))
+
+    def _shared_nbytes(self, total: int, largest: int, cells: int) -> float:
+        """Bytes of tails and pages when `cells` share `total` entries as they like."""
+        tail = -(-(PAGE + self.residual) // GRANULE) * GRANULE
+        pages = -(-total // PAGE) + cells * (1 + self.WAITING_PAGES)
+        widest = -(-largest // PAGE) + self.WAITING_PAGES + self.IDLE_META_PAGES
+        each = tail * self.exact_slot + widest * self.page_meta
+        return cells * each + pages * self.page
 
     def _split_nbytes(self, free: list[int], tail: int) -> float:
         """Bytes of tails and pages when the fullest tail holds `tail` entries."""

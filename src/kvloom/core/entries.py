@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -17,22 +17,39 @@ class Entries:
         valid: bool `[B, H, S]`; a slot that is not valid is padding, dead, or past a ragged end.
         meta: `[B, H, S]` tensors: `positions`, `mass` (log of the tokens that an entry stands
             for), and the slot state of the scorer. Only what the recipe needs is there.
-        decode_keys, decode_values: produce `[B, H, S, D]`; called at most once, on demand.
-        layer: index among the compressed layers.
+        decode_keys, decode_values, decode_pre_rope: produce `[B, H, S, D]`; called at most once,
+            on demand.
+        layer, layers: index among the compressed layers, and their number.
         tiled: how many leading slots can only be evicted by whole 32-slot tiles.
+        memory: what the scorer remembers of the queries (`Scorer.remember`).
+        scale, softcap: of the attention logits, as the model last used them.
+        output_weight: `[H, G, E, hidden]`, the part of the output projection that reads each query
+            head, if the recipe needs it.
     """
 
     valid: Tensor
     meta: dict[str, Tensor]
     decode_keys: Callable[[], Tensor]
     decode_values: Callable[[], Tensor]
+    decode_pre_rope: Callable[[], Tensor] | None = None
     layer: int = 0
+    layers: int = 1
     tiled: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
+    softcap: float | None = None
+    output_weight: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:
-        """`[B, H, S, D]`, as stored (post-RoPE unless the format is pre-RoPE)."""
+        """`[B, H, S, D]`, rotated as attention uses them."""
         return self.decode_keys()
+
+    @cached_property
+    def pre_rope_keys(self) -> Tensor:
+        """`[B, H, S, D]` before rotation; the recipe must need `pre_rope_keys`."""
+        assert self.decode_pre_rope is not None
+        return self.decode_pre_rope()
 
     @cached_property
     def values(self) -> Tensor:

@@ -18,7 +18,7 @@ class Forward:
     Attributes:
         block: the new tokens, one slot per column.
         call: the attention call, lse: its normaliser (kept only if a policy observes attention).
-        tokens: valid tokens per row, host int64 `[B]`.
+        tokens: valid tokens per row, host int64 `[B]`. positions: `[B, Q]`.
         columns: bool `[B, Q]`, which columns are valid; None: all.
         in_tail: whether the token was written straight into the tail.
     """
@@ -26,6 +26,7 @@ class Forward:
     block: Block
     call: Call
     tokens: Tensor
+    positions: Tensor
     lse: Tensor | None = None
     columns: Tensor | None = None
     in_tail: bool = False
@@ -39,6 +40,7 @@ class Forward:
         columns = self.columns
         self.tokens = self.tokens - (drop if columns is None else columns[:, kept:].sum(1).cpu())
         self.columns = None if columns is None else columns[:, :kept]
+        self.positions = self.positions[:, :kept]
         call = self.call
         call.query = call.query[..., :kept, :]
         call.new_mask = None if call.new_mask is None else call.new_mask[..., :kept, :kept]

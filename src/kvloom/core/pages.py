@@ -47,9 +47,11 @@ class PagePool:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def tensors(self) -> list[Tensor]:
-        out = [t for slab in self.slabs for t in slab.tensors()]
-        return [*out, self.pages, self.live, self.stuck, *self.statistics.values()]
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What holds keys and values, and the books about it."""
+        codes = [t for slab in self.slabs for t in slab.codes()]
+        books = [t for slab in self.slabs for t in slab.books()]
+        return codes, [*books, self.pages, self.live, self.stuck, *self.statistics.values()]
 
     def decode(self, segment: Segment, slab: Slab) -> tuple[Tensor, Tensor]:
         """Keys `[b, h, S, D]` and values `[b, h, S, E]` of a segment, in the model's dtype."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from kvloom.core.block import GRANULE
 from kvloom.core.budget import DENSE_BYTES, Budget, CellCost
 from kvloom.core.format import PAGE, Layout, PageFormat
-from kvloom.core.policy import Allocator
+from kvloom.core.policy import Allocator, Queries
 from kvloom.core.recipe import Recipe
 from kvloom.positions.rope import RopeSpec
 
@@ -28,6 +29,8 @@ class LayerPlan:
         layer, layers: index among the compressed layers, and their number.
         heads: KV heads; key_dim, value_dim: their widths; dtype: the model's.
         rope: the layer's rotation, if the recipe needs it.
+        group: query heads per KV head.
+        output_weight: `[H, G, E, hidden]`, see `Entries`; the model's own storage, not a copy.
         track_positions: keep original positions even if no policy asks for them.
     """
 
@@ -42,6 +45,11 @@ class LayerPlan:
     dtype: torch.dtype
     rope: RopeSpec | None = None
     track_positions: bool = False
+    group: int = 1
+    output_weight: Tensor | None = None
+
+    def __deepcopy__(self, memo: object) -> LayerPlan:
+        return self  # immutable, and it refers to the model's weights
 
     @cached_property
     def layout(self) -> Layout:
@@ -62,6 +70,35 @@ class LayerPlan:
         return "attention_mass" in self.recipe.needs
 
     @cached_property
+    def remembers(self) -> bool:
+        """Whether the scorer wants to see queries."""
+        return bool(self.recipe.needs & {"queries", "pre_rope_queries"})
+
+    @cached_property
+    def pools(self) -> bool:
+        """Whether the heads of this layer share one budget."""
+        return self.recipe.allocator is not None and self.recipe.allocator.pools
+
+    @cached_property
+    def needs_rope(self) -> bool:
+        """Whether keys or queries must be turned."""
+        turned = {"pre_rope_keys", "pre_rope_queries"} & self.recipe.needs
+        return self.pre_rope or self.in_cache or bool(turned)
+
+    @cached_property
+    def memory_nbytes(self) -> float:
+        """Bytes per (row, head) of what the scorer remembers of the queries."""
+        if not self.remembers:
+            return 0
+        assert self.recipe.scorer is not None
+        states = torch.zeros(1, self.heads, self.group, 1, self.key_dim, dtype=self.dtype)
+        if "pre_rope_queries" in self.recipe.needs:
+            states = states.float()
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        memory = self.recipe.scorer.remember({}, Queries(states, one, one.bool()))
+        return sum(x.untyped_storage().nbytes() for x in memory.values()) / self.heads
+
+    @cached_property
     def pre_rope(self) -> bool:
         """Whether pages hold keys before rotation."""
         return self.format.pre_rope
@@ -73,7 +110,8 @@ class LayerPlan:
     @cached_property
     def positions(self) -> bool:
         """Whether the exact tiers carry original positions."""
-        wanted = "positions" in self.recipe.needs or self.pre_rope or self.in_cache
+        named = {"positions", "pre_rope_keys"} & self.recipe.needs
+        wanted = bool(named) or self.pre_rope or self.in_cache
         return wanted or self.track_positions
 
     @cached_property
@@ -92,7 +130,8 @@ class LayerPlan:
     @cached_property
     def page_meta(self) -> dict[str, torch.dtype]:
         """Per-slot metadata of pages; explicit positions only if a policy reads them per slot."""
-        needed = "positions" in self.recipe.needs or self.pre_rope or self.track_positions
+        named = {"positions", "pre_rope_keys"} & self.recipe.needs
+        needed = bool(named) or self.pre_rope or self.track_positions
         drop = self.base_positions or not needed
         return {n: d for n, d in self.meta.items() if n != "positions" or not drop}
 
@@ -113,7 +152,7 @@ class LayerPlan:
             centroid_slot=width * CENTROID_DTYPE.itemsize + 2 * 4,
             page=self.layout.page_nbytes(),
             page_meta=PAGE * (page_meta + alive),
-            overhead=24 * torch.int64.itemsize,
+            overhead=24 * torch.int64.itemsize + math.ceil(self.memory_nbytes),
             dense_slot=width * DENSE_BYTES,
         )
 
@@ -228,4 +267,13 @@ class LayerPlan:
 
     def ceiling(self, capacity: Tensor) -> int:
         """Bytes that heads of these capacities `[B, H]` hold at most after a commit."""
+        if self.pools and self.counts_entries:
+            assert self.recipe.allocator is not None
+            largest = self.recipe.schedule.peak(self.recipe.allocator.largest(capacity))
+            return self.cost.nbytes(self.recipe.schedule.peak(capacity), int(largest.max()))
         return self.cost.nbytes(self.recipe.schedule.peak(capacity))
+
+    @property
+    def counts_entries(self) -> bool:
+        """Whether the budget is a number of entries, not of bytes."""
+        return self.budget is None or self.budget.kind == "tokens"

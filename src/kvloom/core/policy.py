@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from kvloom.core.entries import Entries
     from kvloom.core.recipe import Recipe
 
-NEEDS = frozenset({"attention_mass", "keys", "values", "pre_rope_keys", "positions"})
+NEEDS = frozenset(
+    {
+        "attention_mass",
+        "keys",
+        "values",
+        "pre_rope_keys",
+        "positions",
+        "queries",
+        "pre_rope_queries",
+    }
+    | {"output_weight"}
+)
 
 
 def camel_to_snake(name: str) -> str:
@@ -42,7 +53,7 @@ class Policy:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = cls.__dict__.get("name") or camel_to_snake(cls.__name__)
-        unknown = set(cls.needs) - NEEDS
+        unknown = set(cls.needs) - NEEDS if isinstance(cls.needs, frozenset) else set()
         if unknown:
             raise TypeError(f"{cls.__name__}.needs has {sorted(unknown)}; known: {sorted(NEEDS)}")
 
@@ -65,6 +76,21 @@ def check(policy: Policy, rule: bool, message: str) -> None:
     """Raise ValueError that restates the policy and the rule it breaks."""
     if not rule:
         raise ValueError(f"{policy}: {message}")
+
+
+@dataclass
+class Queries:
+    """The queries of one forward, as a scorer may look at them.
+
+    Attributes:
+        states: `[B, H, G, Q, D]`, G queries for each KV head, after rotation; before it if the
+            scorer needs `pre_rope_queries`.
+        positions: int64 `[B, Q]`. valid: bool `[B, Q]`, False for padding.
+    """
+
+    states: Tensor
+    positions: Tensor
+    valid: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,6 +134,15 @@ class Scorer(Policy):
     def observe(self, state: dict[str, Tensor], observed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Slot state after a forward, elementwise; `observed` holds what `needs` asked for."""
         return state
+
+    def remember(self, memory: dict[str, Tensor], queries: Queries) -> dict[str, Tensor]:
+        """What a layer remembers of its queries, after one more forward.
+
+        `memory` is empty at first. Every tensor has rows first, `[B, ...]`; its shape must not
+        depend on how many tokens were seen, since budgets reserve room for it. Called only if the
+        scorer needs `queries` or `pre_rope_queries`.
+        """
+        return memory
 
     def score(self, entries: Entries) -> Tensor:
         """Importance `[B, H, S]`; larger stays."""
@@ -165,17 +200,32 @@ def top_newest(scores: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Allocator(Policy):
-    """How a budget is split over layers and heads."""
+    """How a budget is split over layers and heads.
+
+    `shares` splits it once and for all. An allocator with `pools = True` also lets the heads of a
+    layer share their budget anew at every compression: the schedule then looks at the sum over a
+    row's heads, and `split` divides what may stay.
+    """
 
     kind: ClassVar[str] = "allocator"
+    pools: ClassVar[bool] = False
 
     def shares(self, layers: int, heads: int) -> Tensor:
         """Relative budget of each KV head: host fp64 `[layers, heads]`, normalised to mean 1."""
         return torch.ones(layers, heads, dtype=torch.float64)
 
-    def split(self, scores: Tensor, entries: Entries, target: Tensor) -> Tensor:
-        """Move a layer's targets `[B, H]` (host) between heads by ranked scores; same sum per row."""
-        return target
+    def split(self, scores: Tensor, valid: Tensor, total: Tensor) -> Tensor:
+        """Entries for each head, host int64 `[B, H]`, adding up to at most `total [B]` (host).
+
+        `scores [B, H, S]` are ranked (+inf protected, -inf not `valid`). Only asked if `pools`.
+        """
+        raise NotImplementedError
+
+    def largest(self, capacity: Tensor) -> Tensor:
+        """The most entries that `split` may give one head, host int64 `[B, 1]`, if `capacity [B, H]`
+        is what the heads have together.
+        """
+        return capacity.amax(1, keepdim=True)
 
 
 @dataclass

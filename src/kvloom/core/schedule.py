@@ -70,7 +70,13 @@ class Lazy(Policy):
         return capacity + max(self.every, self.slack + 1)
 
     def target(
-        self, length: Tensor, capacity: Tensor, seen: Tensor, new: Tensor, since: Tensor
+        self,
+        length: Tensor,
+        capacity: Tensor,
+        seen: Tensor,
+        new: Tensor,
+        since: Tensor,
+        cells: int = 1,
     ) -> Tensor:
         """Entries to keep, host int64 `[B, H]`; equal to `length` where nothing is due.
 
@@ -78,19 +84,20 @@ class Lazy(Policy):
             length: entries that each head holds now, new ones included. capacity: C per head.
             seen: valid tokens of each row so far, new: those of this forward, since: those after
                 the row's last compression; host int64 `[B, 1]`.
+            cells: how many heads a length and a capacity are the sum of.
         """
         if self.every == 0:
             return length
-        over = length - capacity
-        drop = self.max_drop if self.max_drop > 0 else torch.iinfo(torch.int64).max // 2
+        over, slack = length - capacity, self.slack * cells
+        drop = self.max_drop * cells if self.max_drop > 0 else torch.iinfo(torch.int64).max // 2
         if self.rule == "paper":
             boundaries = seen // self.every - (seen - new) // self.every
-            due = (over > self.slack) & (boundaries > 0)
+            due = (over > slack) & (boundaries > 0)
             goal = length - torch.minimum(over, boundaries.clamp_max(1 << 20) * min(drop, 1 << 40))
             return torch.where(due, goal, length)
-        due = (over >= self.every) & (over > 0)
-        goal = torch.minimum(length - drop, capacity + self.slack)
+        due = (over >= self.every * cells) & (over > 0)
+        goal = torch.minimum(length - drop, capacity + slack)
         if self.rule == "final":
             due = due & (since >= self.every)
-            goal = torch.minimum(goal, capacity + self.slack - (self.every - 1))
+            goal = torch.minimum(goal, capacity + slack - (self.every - 1) * cells)
         return torch.where(due, torch.maximum(goal, capacity), length)

@@ -70,10 +70,15 @@ class Slab:
     def device(self) -> torch.device:
         return next(iter(self.fields.values())).device
 
-    def tensors(self) -> list[Tensor]:
-        extra = [t for t in (self.set_of, self.alive, self.base) if t is not None]
-        host = [self.first, self.room, self.used, self.live]
-        return [*self.fields.values(), *self.sets.values(), *self.meta.values(), *extra, *host]
+    def codes(self) -> list[Tensor]:
+        """What holds keys and values: codes, scales, and which scales belong to which tile."""
+        ids = [] if self.set_of is None else [self.set_of]
+        return [*self.fields.values(), *self.sets.values(), *ids]
+
+    def books(self) -> list[Tensor]:
+        """Live flags, metadata and page tables."""
+        extra = [t for t in (self.alive, self.base) if t is not None]
+        return [*self.meta.values(), *extra, self.first, self.room, self.used, self.live]
 
     def valid(self) -> Tensor:
         """Live slots: bool `[B, H, pages * 64]`."""

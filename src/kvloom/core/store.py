@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from kvloom.core.attend import Call, attend, attention_mass
-from kvloom.core.block import GRANULE, Block, take_slots
+from kvloom.core.block import GRANULE, Block
 from kvloom.core.budget import CellCost
 from kvloom.core.compaction import compact
-from kvloom.core.entries import Entries
+from kvloom.core.compress import compress_if_due
 from kvloom.core.format import PAGE
 from kvloom.core.forward import Counters, Forward, last_valid
 from kvloom.core.pages import PagePool
 from kvloom.core.plan import CENTROID_DTYPE, LayerPlan
-from kvloom.core.policy import Losers, select
+from kvloom.core.policy import Queries
 
 REFRESH = 16  # tokens after which a growing budget is worked out again
 
@@ -41,6 +39,7 @@ class LayerStore:
         self.since = torch.zeros(B, dtype=torch.int64)
         self.next_position = torch.zeros(B, dtype=torch.int64, device=device)
         self._one_each = torch.ones(B, dtype=torch.int64)
+        self.memory: dict[str, Tensor] = {}
         self.counters = Counters()
         self._capacity: Tensor | None = None
         self._capacity_at = -1
@@ -69,33 +68,24 @@ class LayerStore:
         pinned = self.sinks.count if self.sinks is not None else 0
         return self.pool.live + self.tail.count + pinned
 
+    def parts(self) -> dict[str, list[Tensor]]:
+        """Every tensor that the layer holds, by what it is for."""
+        codes, books = self.pool.parts()
+        counters = [self.seen, self.since, self._one_each, self.next_position]
+        counters += [] if self._capacity is None else [self._capacity]
+        return {
+            "pages": codes,
+            "tail": self.tail.tensors(),
+            "page metadata": books,
+            "sinks": [] if self.sinks is None else self.sinks.tensors(),
+            "centroids": [] if self.centroids is None else self.centroids.tensors(),
+            "query memory": list(self.memory.values()),
+            "counters": counters,
+        }
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that the layer holds."""
-        out = [self.seen, self.since, self._one_each, self.next_position, *self.tail.tensors()]
-        for block in (self.sinks, self.centroids):
-            out += block.tensors() if block is not None else []
-        out += [] if self._capacity is None else [self._capacity]
-        return out + self.pool.tensors()
-
-    def dense(self) -> tuple[Tensor, Tensor] | None:
-        """Everything stored as attention uses it, `[B, H, S, D]`, right-aligned; None if empty.
-
-        Slots on the left that a row does not fill hold arbitrary finite entries.
-        """
-        n = int(self.stored.max())
-        if n == 0:
-            return None
-        entries, blocks = self.entries(), [] if self.sinks is None else [self.sinks]
-        keys = entries.keys
-        if self.plan.pre_rope:
-            keys = self.rotate(keys, entries.positions)
-        parts = [
-            (b.keys[:, :, : b.longest], b.values[:, :, : b.longest], b.valid()) for b in blocks
-        ]
-        parts.append((keys, entries.values, entries.valid))
-        keys, values, valid = (torch.cat(x, 2) for x in zip(*parts, strict=True))
-        order = torch.argsort(valid.to(torch.int8), dim=-1, stable=True)[:, :, -n:]
-        return take_slots(keys, order), take_slots(values, order)
+        return [t for tensors in self.parts().values() for t in tensors]
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Pre-RoPE keys as attention uses them, in the model's dtype."""
@@ -121,22 +111,6 @@ class LayerStore:
         assert capacity is not None
         return self.plan.ceiling(capacity)
 
-    def kept_positions(self) -> list[list[list[int]]]:
-        """Original positions of the entries kept, `[row][head]`, in order; sinks first."""
-        if not self.plan.positions:
-            raise ValueError(
-                f"recipe '{self.plan.recipe}' keeps no positions: construct the cache with "
-                "track_positions=True"
-            )
-        entries = self.entries()
-        blocks = [] if self.sinks is None else [self.sinks]
-        held = torch.cat([*(b.meta["positions"] for b in blocks), entries.positions], 2).cpu()
-        valid = torch.cat([*(b.valid(b.capacity) for b in blocks), entries.valid], 2).cpu()
-        return [
-            [h[ok].tolist() for h, ok in zip(row, oks, strict=True)]
-            for row, oks in zip(held, valid, strict=True)
-        ]
-
     # -- one forward -----------------------------------------------------------------------------
 
     def stage(
@@ -148,7 +122,9 @@ class LayerStore:
         """
         B, _H, Q, _ = keys.shape
         tokens = torch.full((B,), Q) if columns is None else columns.sum(1).cpu()
-        return Forward(self._arrived(keys, values, positions), call, tokens, columns=columns)
+        return Forward(
+            self._arrived(keys, values, positions), call, tokens, positions, columns=columns
+        )
 
     def _arrived(self, keys: Tensor, values: Tensor, positions: Tensor) -> Block:
         B, H, Q, _ = keys.shape
@@ -185,7 +161,7 @@ class LayerStore:
         except BaseException:
             self.tail = self.tail.shrunk(before)
             raise
-        return out, Forward(token, call, self._one_each, lse, in_tail=True)
+        return out, Forward(token, call, self._one_each, positions, lse, in_tail=True)
 
     @property
     def takes_token(self) -> bool:
@@ -211,9 +187,13 @@ class LayerStore:
         self._settle(pending, forward)
 
     def _observe(self, forward: Forward, new: Block | None) -> None:
-        """Let the scorer see this forward's attention, and update all slot state."""
+        """Let the scorer see this forward's queries and attention, and update all slot state."""
         scorer = self.plan.recipe.scorer
-        if scorer is None or not self.plan.observes:
+        if scorer is None:
+            return
+        if self.plan.remembers:
+            self.memory = scorer.remember(self.memory, self._queries(forward))
+        if not self.plan.observes:
             return
         assert forward.lse is not None
         received = attention_mass(self, forward.call, new, forward.lse)
@@ -229,6 +209,16 @@ class LayerStore:
             for name, x in scorer.observe(state, column).items():
                 meta[name][:, :, :n] = x
             start += n
+
+    def _queries(self, forward: Forward) -> Queries:
+        states, positions = forward.call.query, forward.positions
+        if "pre_rope_queries" in self.plan.recipe.needs:
+            assert self.plan.rope is not None
+            states = self.plan.rope.unrotate(states, positions[:, None, None])
+        valid = forward.columns
+        if valid is None:
+            valid = torch.ones_like(positions, dtype=torch.bool)
+        return Queries(states, positions, valid.to(states.device))
 
     def _pin(self, new: Block) -> Block:
         """Move the first tokens of each row into the sinks; returns the rest."""
@@ -262,20 +252,7 @@ class LayerStore:
         capacity = self.capacity()
         limit = None
         if capacity is not None:
-            pinned = self.sinks.count if self.sinks is not None else torch.zeros_like(capacity)
-            length = self.pool.live + pending.count + pinned
-            target = self.plan.recipe.schedule.target(
-                length, capacity, self.seen[:, None], forward.tokens[:, None], self.since[:, None]
-            )
-            if not torch.equal(target, length):
-                due = (target != length).any(1)
-                protected = self._protected(capacity, pinned, target)
-                try:
-                    pending = self._compress(pending, target - pinned, protected)
-                except Exception:  # a scorer failed: nothing is evicted, and nothing is lost
-                    self.tail = pending.owned(pending.longest)
-                    raise
-                self.since = self.since.masked_fill(due, 0)
+            pending = compress_if_due(self, pending, forward, capacity)
             limit = self._page_limit(capacity)
         if pending.longest >= PAGE + self.plan.format.residual:
             pages = (pending.count - self.plan.format.residual).clamp_min(0) // PAGE
@@ -287,95 +264,20 @@ class LayerStore:
         elif pending is not self.tail:
             self.tail = pending.owned(pending.longest)
 
-    def _protected(self, capacity: Tensor, pinned: Tensor, target: Tensor) -> Tensor:
-        scorer = self.plan.recipe.scorer
-        assert scorer is not None
-        return torch.minimum(scorer.protected(capacity - pinned), target - pinned)
-
     def _page_limit(self, capacity: Tensor) -> Tensor | None:
         if not self.plan.recipe.schedule.bounded:
             return None
+        if self.plan.pools:  # whichever head grows: nothing in reserve
+            return torch.zeros_like(capacity)
         peak = self.plan.recipe.schedule.peak(capacity)
         full_tail = PAGE + self.plan.format.residual
         return (peak - self.plan.sinks - full_tail).clamp_min(0) // PAGE
-
-    def entries(self, pending: Block | None = None) -> Entries:
-        """What a policy sees: pages, then the exact entries (`pending`, by default the tail)."""
-        exact = self.tail if pending is None else pending
-        n = exact.longest
-        slabs = self.pool.slabs
-        valid = torch.cat([*(slab.valid() for slab in slabs), exact.valid(n)], dim=2)
-        names = [name for name in self.plan.meta if name in self.plan.page_meta or not slabs]
-        meta = {
-            name: torch.cat(
-                [
-                    *(s.meta[name][:, :, : s.pages * PAGE] for s in slabs),
-                    exact.meta[name][:, :, :n],
-                ],
-                2,
-            )
-            for name in names
-        }
-        if self.plan.base_positions:
-            parts = [*(s.positions() for s in slabs), exact.meta["positions"][:, :, :n]]
-            meta["positions"] = torch.cat(parts, 2)
-        tiled = 0 if self.plan.format.movable else valid.shape[2] - n
-
-        def decode(which: int) -> Callable[[], Tensor]:
-            def read() -> Tensor:
-                mine = (self._stored_keys(exact, n), exact.values[:, :, :n])[which]
-                sealed = self.pool.decode_all()
-                return mine if sealed is None else torch.cat([sealed[which], mine], 2)
-
-            return read
-
-        return Entries(valid, meta, decode(0), decode(1), self.plan.layer, tiled)
-
-    def _stored_keys(self, exact: Block, n: int) -> Tensor:
-        """Exact keys as the pages store them, so that a policy sees one kind of key."""
-        keys = exact.keys[:, :, :n]
-        return self._unrotated(keys, exact, n) if self.plan.pre_rope else keys
 
     def _unrotated(self, keys: Tensor, exact: Block, n: int) -> Tensor:
         assert self.plan.rope is not None
         return self.plan.rope.unrotate(keys, exact.meta["positions"][:, :, :n]).to(keys.dtype)
 
-    def _compress(self, pending: Block, target: Tensor, protected: Tensor) -> Block:
-        """Evict (or fold) down to `target` evictable entries per head; returns what is exact."""
-        scorer, merger = self.plan.recipe.scorer, self.plan.recipe.merger
-        assert scorer is not None
-        entries = self.entries(pending)
-        scores = scorer.rank(entries, protected)
-        if self.plan.recipe.allocator is not None:
-            target = self.plan.recipe.allocator.split(scores, entries, target)
-        keep = select(scores, entries, target)
-        lost = entries.valid & ~keep
-        if merger is not None:
-            assert self.centroids is not None
-            self.centroids = merger.fold(self._losers(entries, lost), self.centroids)
-        before = self.pool.live + pending.count
-        sealed = keep.shape[2] - pending.longest
-        self.pool.evict(keep[:, :, :sealed])
-        exact = keep[:, :, sealed:]
-        count = exact.sum(-1).cpu()
-        if not torch.equal(count, pending.count):
-            pending = pending.keep(exact, count)
-        gone = int((before - self.pool.live - pending.count).sum())
-        self.counters.compressions += 1
-        self.counters.evicted += gone
-        self.counters.merged += gone if merger is not None else 0
-        self._reclaim()
-        return pending
-
-    def _losers(self, entries: Entries, lost: Tensor) -> Losers:
-        keys = entries.keys.float()
-        if "pre_rope_keys" in self.plan.recipe.needs and not self.plan.pre_rope:
-            assert self.plan.rope is not None
-            keys = self.plan.rope.unrotate(keys, entries.positions)
-        mass = entries.meta.get("mass", torch.zeros(lost.shape, device=lost.device))
-        return Losers(keys, entries.values.float(), mass, entries.positions, lost)
-
-    def _reclaim(self) -> None:
+    def reclaim(self) -> None:
         """Compact once whole dead pages amount to half a page per head, or metadata goes to waste."""
         cells = self.pool.pages.numel()
         wasteful = self.pool.idle_meta_pages() > CellCost.IDLE_META_PAGES
@@ -393,7 +295,7 @@ class LayerStore:
         self.pool.seal(block, pages, limit)
         self.counters.sealed += int(pages.sum()) * PAGE
         if self.plan.evicts:
-            self._reclaim()
+            self.reclaim()
         rest = pending.span(pages * PAGE, pending.count - pages * PAGE)
         self.tail = rest.owned(max(rest.longest, GRANULE))
 
@@ -410,6 +312,7 @@ class LayerStore:
         self.seen, self.since = self.seen[host], self.since[host]
         self._one_each = torch.ones_like(self.seen)
         self.next_position = self.next_position.index_select(0, index.to(self.device))
+        self.memory = {n: x.index_select(0, index.to(x.device)) for n, x in self.memory.items()}
         self._capacity = None if self._capacity is None else self._capacity[host]
         self.pool.rows(index)
 
@@ -435,7 +338,7 @@ class LayerStore:
         if bool((from_pages > 0).any()):
             self.pool.drop_newest(from_pages)
             if not self.plan.base_positions:  # there, a page's first position must stay first
-                self._reclaim()
+                self.reclaim()
         if self.sinks is not None:
             self.sinks = self.sinks.shrunk(self.sinks.count - (left - from_pages))
         self.seen, self.since = self.seen - n, self.since - n

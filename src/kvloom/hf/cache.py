@@ -15,6 +15,7 @@ from transformers.cache_utils import (
 from kvloom.core.budget import Budget
 from kvloom.core.policy import Policy
 from kvloom.core.recipe import Recipe
+from kvloom.core.view import kept_positions
 from kvloom.hf.attention import Handle, announce
 from kvloom.hf.context import Context, Host
 from kvloom.hf.layer import CompressedLayer
@@ -204,7 +205,7 @@ class CompressedCache(Cache):
             )
         if layer.store is None:
             return []
-        return layer.store.kept_positions()
+        return kept_positions(layer.store)
 
     def __str__(self) -> str:
         return self.stats().table()

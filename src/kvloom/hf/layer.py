@@ -14,9 +14,11 @@ from kvloom.core.forward import Forward
 from kvloom.core.plan import LayerPlan
 from kvloom.core.schedule import Lazy
 from kvloom.core.store import LayerStore
+from kvloom.core.view import dense_of
 from kvloom.formats.dense import Dense
 from kvloom.hf.attention import Handle
 from kvloom.hf.context import Context
+from kvloom.hf.output import output_weight_of
 from kvloom.hf.rope import rope_of
 
 
@@ -51,18 +53,27 @@ class CompressedLayer(CacheLayerMixin):
 
     def _plan(self, keys: Tensor, values: Tensor) -> LayerPlan:
         context, recipe = self.context, self.context.recipe
+        H, (D, E) = keys.shape[1], (keys.shape[3], values.shape[3])
         plan = LayerPlan(
             recipe, context.budget, recipe.format or Dense(), self.index, context.layers,
-            keys.shape[1], keys.shape[3], values.shape[3], keys.dtype,
+            H, D, E, keys.dtype,
             track_positions=context.track_positions,
+            group=max(1, context.host.config.num_attention_heads // H),
         )  # fmt: skip
         plan.check_rows(keys.shape[0])
-        if not (plan.format.pre_rope or plan.in_cache or "pre_rope_keys" in recipe.needs):
+        weighs = "output_weight" in recipe.needs
+        if not (plan.needs_rope or weighs):
             return plan
-        if context.host.model is None:
-            raise ValueError(f"recipe '{recipe}' needs the model's rotary embedding: construct the "
+        model = context.host.model
+        if model is None:
+            raise ValueError(f"recipe '{recipe}' needs the model's own weights: construct the "
                              "cache from the model, not from its config")  # fmt: skip
-        return dataclasses.replace(plan, rope=rope_of(context.host.model, self.layer_idx))
+        if plan.needs_rope:
+            plan = dataclasses.replace(plan, rope=rope_of(model, self.layer_idx))
+        if weighs:
+            weight = output_weight_of(model, self.layer_idx, H, E)
+            plan = dataclasses.replace(plan, output_weight=weight)
+        return plan
 
     def reset(self) -> None:
         self.store, self.staged, self.pending = None, None, None
@@ -208,7 +219,7 @@ class CompressedLayer(CacheLayerMixin):
         columns = self._note_padding(self.context.columns_at(seen), seen, keys.device)
         self._check_dense_rows(columns, seen)
         positions = self._positions(self.context.position_ids, B, Q, keys.device)
-        past = self.store.dense()
+        past = dense_of(self.store)
         call = Call(keys.new_zeros(B, H, 1, Q, D), 1.0)
         forward = self.store.stage(keys, values, call, columns, positions)
         if self.record_past:

@@ -66,7 +66,10 @@ def plan_for(config: Any, recipe: Recipe, budget: Budget | None, layers: int) ->
     dtype = getattr(config, "dtype", None)
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
     fmt = recipe.format or Dense()
-    plan = LayerPlan(recipe, budget, fmt, 0, max(1, layers), heads, width, width, dtype)
+    group = max(1, config.num_attention_heads // heads)
+    plan = LayerPlan(
+        recipe, budget, fmt, 0, max(1, layers), heads, width, width, dtype, group=group
+    )
     plan.layout  # noqa: B018  (raises if a width cannot be stored)
     plan.check()
     return plan

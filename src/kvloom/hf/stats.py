@@ -21,6 +21,7 @@ PARTS = (
     "sinks",
     "tail",
     "centroids",
+    "query memory",
     "staged",
     "counters",
     "other layers",
@@ -121,8 +122,7 @@ def layer_tensors(layer: Any) -> list[Tensor]:
     """Every tensor that a layer of any kind holds."""
     store = getattr(layer, "store", None)
     if isinstance(store, LayerStore):
-        staged = list(layer.staged or ())
-        return [*store.tensors(), *staged, *_pending(layer)]
+        return [*store.tensors(), *(layer.staged or ()), *_pending(layer)]
     return [x for x in vars(layer).values() if isinstance(x, Tensor)]
 
 
@@ -135,19 +135,7 @@ def _parts(layer: Any) -> dict[str, list[Tensor]]:
     store = getattr(layer, "store", None)
     if not isinstance(store, LayerStore):
         return {"other layers": layer_tensors(layer)}
-    pool = store.pool
-    codes = [t for s in pool.slabs for t in (*s.fields.values(), *s.sets.values())]
-    codes += [s.set_of for s in pool.slabs if s.set_of is not None]
-    held = {id(t) for t in codes}
-    parts = {"pages": codes, "tail": store.tail.tensors()}
-    parts["page metadata"] = [t for t in pool.tensors() if id(t) not in held]
-    parts["sinks"] = [] if store.sinks is None else store.sinks.tensors()
-    parts["centroids"] = [] if store.centroids is None else store.centroids.tensors()
-    parts["staged"] = list(layer.staged or ())
-    parts["staged"] += _pending(layer)
-    known = {id(t) for tensors in parts.values() for t in tensors}
-    parts["counters"] = [t for t in store.tensors() if id(t) not in known]
-    return parts
+    return {**store.parts(), "staged": [*(layer.staged or ()), *_pending(layer)]}
 
 
 def _by_part(layers: Iterable[Any]) -> dict[str, int]:

@@ -1,0 +1,129 @@
+"""One compression of a layer: how much may stay, who stays, and what becomes of the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvloom.core.block import Block
+from kvloom.core.entries import Entries
+from kvloom.core.forward import Forward
+from kvloom.core.policy import select
+from kvloom.core.view import entries_of, losers_of
+
+if TYPE_CHECKING:
+    from kvloom.core.store import LayerStore
+
+
+def compress_if_due(store: LayerStore, pending: Block, forward: Forward, capacity: Tensor) -> Block:
+    """Evict (or fold) where the schedule says so; returns the exact entries that stay.
+
+    If a scorer raises, nothing is evicted, and `pending` becomes the tail as it is.
+    """
+    zero = torch.zeros_like(capacity)
+    pinned = zero if store.sinks is None else store.sinks.count
+    target, due = _target(store, store.pool.live + pending.count + pinned, capacity, forward)
+    if not bool(due.any()):
+        return pending
+    try:
+        pending = _compress(store, pending, forward, capacity, target, pinned, due)
+    except Exception:
+        store.tail = pending.owned(pending.longest)
+        raise
+    store.since = store.since.masked_fill(due, 0)
+    return pending
+
+
+def _target(
+    store: LayerStore, length: Tensor, capacity: Tensor, forward: Forward
+) -> tuple[Tensor, Tensor]:
+    """Entries to keep, host `[B, H]`, or `[B, 1]` for all heads together if the allocator pools
+    them; and which rows are due, bool `[B]`.
+    """
+    heads = 1
+    if store.plan.pools:
+        heads = length.shape[1]
+        length, capacity = length.sum(1, keepdim=True), capacity.sum(1, keepdim=True)
+    seen, since, new = store.seen[:, None], store.since[:, None], forward.tokens[:, None]
+    schedule = store.plan.recipe.schedule
+    target = schedule.target(length, capacity, seen, new, since, heads)
+    return target, (target != length).any(1)
+
+
+def _compress(
+    store: LayerStore,
+    pending: Block,
+    forward: Forward,
+    capacity: Tensor,
+    target: Tensor,
+    pinned: Tensor,
+    due: Tensor,
+) -> Block:
+    """Down to `target` entries, sinks included."""
+    scorer, merger = store.plan.recipe.scorer, store.plan.recipe.merger
+    assert scorer is not None
+    entries = entries_of(store, pending, forward.call)
+    protected = scorer.protected(capacity - pinned)
+    if store.plan.pools:
+        free = target - pinned.sum(1, keepdim=True)
+        protected = torch.minimum(protected, free // capacity.shape[1])
+        scores = scorer.rank(entries, protected)
+        target = _split(store, scores, entries, free[:, 0], pinned, capacity, due)
+    else:
+        target = target - pinned
+        scores = scorer.rank(entries, torch.minimum(protected, target))
+    keep = select(scores, entries, target)
+    if merger is not None:
+        assert store.centroids is not None
+        lost = losers_of(store, entries, entries.valid & ~keep)
+        store.centroids = merger.fold(lost, store.centroids)
+    return _remove(store, pending, keep, merged=merger is not None)
+
+
+def _remove(store: LayerStore, pending: Block, keep: Tensor, merged: bool) -> Block:
+    """Mark dead what `keep` leaves out, and count it; returns the exact entries that stay."""
+    before = store.pool.live + pending.count
+    sealed = keep.shape[2] - pending.longest
+    store.pool.evict(keep[:, :, :sealed])
+    exact = keep[:, :, sealed:]
+    count = exact.sum(-1).cpu()
+    if not torch.equal(count, pending.count):
+        pending = pending.keep(exact, count)
+    gone = int((before - store.pool.live - pending.count).sum())
+    store.counters.compressions += 1
+    store.counters.evicted += gone
+    store.counters.merged += gone if merged else 0
+    store.reclaim()
+    return pending
+
+
+def _split(
+    store: LayerStore,
+    scores: Tensor,
+    entries: Entries,
+    free: Tensor,
+    pinned: Tensor,
+    capacity: Tensor,
+    due: Tensor,
+) -> Tensor:
+    """What the allocator leaves to each head of `free [B]`, within the layer's bytes.
+
+    Unequal heads cost more than equal ones (whole pages, rectangular metadata), so a budget in
+    bytes takes from the sum until they fit. Rows that are not due keep what they have.
+    """
+    plan, live = store.plan, entries.valid.sum(-1).cpu()
+    assert plan.recipe.allocator is not None
+    allowed = [plan.ceiling(row[None]) for row in capacity]
+    while True:
+        split = plan.recipe.allocator.split(scores, entries.valid, free)
+        split = torch.where(due[:, None], split, live)
+        if plan.counts_entries:
+            return split
+        peaks = plan.recipe.schedule.peak(split + pinned)
+        costs = [plan.cost.nbytes(row) for row in peaks]
+        over = due & torch.tensor([c > a for c, a in zip(costs, allowed, strict=True)])
+        if not bool(over.any()):
+            return split
+        free = torch.where(over, free - (free // 32).clamp_min(1), free)
