@@ -1,0 +1,216 @@
+"""Cells to rows: which recipes at which budgets, what was measured before, and what is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvloom.core.budget import Budget
+from kvloom.core.policy import Policy
+from kvloom.core.recipe import Recipe
+from kvloom.evaluation import identity, measure, needles, texts
+from kvloom.evaluation import results as schema
+from kvloom.evaluation.decoders import Recompute, Subject, decoder_for, parse
+from kvloom.evaluation.ledger import Ledger
+from kvloom.evaluation.results import Protocol, Row
+from kvloom.hf import load
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure: a recipe, or the baseline, at a budget."""
+
+    subject: Subject
+    budget: Budget | None = None
+
+    @property
+    def facts(self) -> schema.Subject:
+        """As it stands in a row."""
+        return schema.Subject(
+            recipe=str(self.subject),
+            full=spell_out(self.subject),
+            budget=None if self.budget is None else str(self.budget),
+            baseline=isinstance(self.subject, Recompute),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.subject}" + (f" @ {self.budget}" if self.budget else "")
+
+
+def spell_out(subject: Subject) -> str:
+    """The text with every parameter, defaults and the default schedule included."""
+    if isinstance(subject, Recompute):
+        return str(subject)
+    chain = [*subject.policies]
+    if subject.evicts and subject.schedule not in chain:
+        chain.append(subject.schedule)
+    return " | ".join(_spell_policy(p) for p in chain) or "none"
+
+
+def _spell_policy(policy: Policy) -> str:
+    given = [f"{f.name}={getattr(policy, f.name)!r}" for f in dataclasses.fields(policy)]
+    return policy.name + (f"({', '.join(given)})" if given else "")
+
+
+def cells_of(recipes: Sequence[str], budgets: Sequence[str] = ()) -> list[Cell]:
+    """The cells of a comparison, the full cache first, none twice.
+
+    `"recipe @ budget"` stands for itself; a recipe that evicts and does not state its own size is
+    crossed with `budgets`. Raises ValueError on an unknown method or parameter, or a bad budget.
+    """
+    found = [Cell(Recipe())]
+    general = [Budget.parse(b) for b in budgets]
+    for text in recipes:
+        recipe, _, own = text.rpartition("@") if "@" in text else (text, "", "")
+        subject = parse(recipe.strip())
+        if own:
+            found.append(Cell(subject, Budget.parse(own.strip())))
+        elif general and takes_budget(subject):
+            found += [Cell(subject, budget) for budget in general]
+        else:
+            found.append(Cell(subject))
+    return list(dict.fromkeys(found))
+
+
+def takes_budget(subject: Subject) -> bool:
+    """Whether a subject evicts and leaves its size to a budget."""
+    if isinstance(subject, Recompute) or subject.scorer is None:
+        return False
+    return subject.evicts and subject.scorer.capacity is None
+
+
+class Progress:
+    """Told of what happens; does nothing. Subclasses show it."""
+
+    def cell(self, cell: Cell, number: int, of: int, steps: int) -> None:
+        """A cell begins that will advance by `steps`."""
+
+    def advance(self, steps: int) -> None:
+        """The cell has come this much further."""
+
+    def done(self, cell: Cell, row: Row, fresh: bool) -> None:
+        """A cell has its row; `fresh`: measured just now."""
+
+
+@dataclass
+class Bench:
+    """Everything that the cells of one comparison share."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    document: texts.Document
+    needles: list[needles.Needle]
+    protocol: Protocol
+
+    def __post_init__(self) -> None:
+        self.protocol = dataclasses.replace(
+            self.protocol, needle_sha256=needles.fingerprint(self.needles)
+        )
+        self.model_facts = identity.model_facts(self.model, self.name)
+        self.environment = identity.environment(self.model.device)
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Raise ValueError if one of the cells cannot be measured; nothing is run."""
+        for cell in cells:
+            measure.check(cell.subject, self.protocol)
+            decoder_for(self.model, cell.subject, cell.budget)
+
+    def key(self, cell: Cell) -> str:
+        """Hash of everything that determines the cell's row."""
+        env, subject = self.environment, cell.facts
+        policies = [] if isinstance(cell.subject, Recompute) else cell.subject.policies
+        return identity.cell_key(
+            model=self.model_facts.sha256,
+            recipe=subject.full,
+            budget=subject.budget,
+            text=self.document.facts.sha256,
+            protocol=self.protocol,
+            sources=[env.source_sha256, identity.foreign_sha256(policies)],
+            versions=[env.python, env.torch, env.transformers],
+            machine=[env.platform, env.cpu, env.threads, env.device],
+        )
+
+    def measure(self, cell: Cell, progress: Progress) -> Row:
+        """Measure one cell."""
+        start = time.perf_counter()
+        with torch.inference_mode():
+            found = measure.measure(
+                self.model, self.document.ids, cell.subject, cell.budget, self.protocol,
+                progress.advance,
+            )  # fmt: skip
+            right = 0
+            for needle in self.needles:
+                right += needles.answered(
+                    self.model, self.tokenizer, cell.subject, cell.budget, needle
+                )
+                progress.advance(NEEDLE_STEPS)
+        quality = dataclasses.replace(found.quality, needles_right=right, needles=len(self.needles))
+        return Row(
+            key=self.key(cell),
+            measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            took=round(time.perf_counter() - start, 3),
+            model=self.model_facts,
+            subject=cell.facts,
+            text=self.document.facts,
+            protocol=self.protocol,
+            environment=self.environment,
+            bytes=found.bytes,
+            quality=quality,
+            timing=found.timing,
+            counts=found.counts,
+            series=found.series,
+        )
+
+
+NEEDLE_STEPS = 16  # a task's weight in a progress bar, in tokens
+
+
+def prepare(
+    source: str | Path, text: str, protocol: Protocol, dtype: str = "bfloat16", device: str = "cpu"
+) -> Bench:
+    """Load model, text and tasks. Raises ValueError on anything that cannot be measured."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from None
+    measure.check(Recipe(), protocol)
+    load.quiet()
+    model, tokenizer = load.pretrained(source, DTYPES[dtype], where)
+    document = texts.load(text, tokenizer, protocol.tokens)
+    tasks = needles.prepare(
+        document.raw, tokenizer, protocol.needles, protocol.needle_tokens, protocol.seed
+    )
+    return Bench(model, tokenizer, str(source), document, tasks, protocol)
+
+
+def run(bench: Bench, cells: Sequence[Cell], ledger: Ledger, progress: Progress) -> list[Row]:
+    """The cells' rows, in order; those that the ledger has are not measured again.
+
+    Each row is on the disk before the next cell begins.
+    """
+    bench.check(cells)
+    rows = []
+    for number, cell in enumerate(cells, 1):
+        known = ledger.get(bench.key(cell))
+        steps = bench.protocol.tokens - 1 + NEEDLE_STEPS * len(bench.needles)
+        progress.cell(cell, number, len(cells), steps)
+        row = known or bench.measure(cell, progress)
+        if known is None:
+            ledger.append(row)
+        progress.done(cell, row, fresh=known is None)
+        rows.append(row)
+    return rows

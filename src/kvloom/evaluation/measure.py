@@ -1,0 +1,327 @@
+"""Quality, bytes and time of one document through one cache, in lockstep with a full cache.
+
+Tokens t_0 .. t_{N-1}: the first P go in at once (or in chunks) and predict t_1 .. t_P; then each token
+is fed alone, and t_{N-1}, which nothing follows, never is. So every token is fed at most once and
+every token but the first is scored once:
+
+    NLL_i = -log softmax(logits after t_0 .. t_{i-1})[t_i]      perplexity = exp(mean NLL)
+    KL_i  = sum_v p_dense(v) (log p_dense(v) - log p(v))
+
+Beside it a full cache reads the same tokens a block ahead, so that only one block's logits are ever
+held. Of each block it reads the last tokens one by one and is timed there: its times are taken in
+turns with the other's, at the same lengths.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvloom.core.budget import Budget
+from kvloom.core.recipe import Recipe
+from kvloom.evaluation.decoders import (
+    Decoder,
+    DevicePeak,
+    Recompute,
+    Subject,
+    WindowDecoder,
+    decoder_for,
+    final_bytes,
+)
+from kvloom.evaluation.results import Bytes, Counts, Protocol, Quality, Series, Timing
+
+BLOCK = 64  # tokens between two turns of the full cache
+TIMED = 16  # of them, fed one by one to the full cache and timed
+BINS = 200  # of a series
+TIMED_WINDOWS = 100  # tokens that `recompute` is timed on when it is not scored
+_WARM_STEPS = 4
+
+Advance = Callable[[int], None]
+
+
+@dataclass
+class Scores:
+    """Per scored token, in order: loss, dense loss, KL in nats, same first choice."""
+
+    nll: list[float] = field(default_factory=list)
+    dense_nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    same: list[bool] = field(default_factory=list)
+
+    def add(self, dense: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Score logits `[n, V]` and the dense ones for the same tokens `targets [n]`."""
+        p, q = (torch.log_softmax(x.float(), dim=-1) for x in (dense, logits))
+        at = targets.to(p.device)[:, None]
+        self.nll += (-q.gather(1, at)[:, 0]).tolist()
+        self.dense_nll += (-p.gather(1, at)[:, 0]).tolist()
+        self.kl += (p.exp() * (p - q)).sum(-1).tolist()
+        self.same += (p.argmax(-1) == q.argmax(-1)).tolist()
+
+
+@dataclass
+class Measured:
+    """What one document tells about one cache."""
+
+    bytes: Bytes
+    quality: Quality
+    timing: Timing
+    counts: Counts
+    series: Series
+
+
+@dataclass
+class _Steps:
+    """What is noted at each token that is fed alone."""
+
+    seen: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+    entries: list[float] = field(default_factory=list)
+    dense_seen: list[int] = field(default_factory=list)
+    dense_seconds: list[list[float]] = field(default_factory=list)
+
+    def note(self, seen: int, decoder: Decoder) -> None:
+        self.seen.append(seen)
+        self.seconds.append(decoder.seconds)
+        self.nbytes.append(decoder.nbytes())
+        self.entries.append(decoder.entries())
+
+
+def check(subject: Subject, protocol: Protocol) -> None:
+    """Raise ValueError if a document of this protocol cannot measure the subject."""
+    N, P = protocol.tokens, protocol.prefill
+    if P < 1 or N < P + 2:
+        raise ValueError(
+            f"{N} tokens with a prefill of {P}: the prefill needs at least 1 token, and the document "
+            "at least 2 more"
+        )
+    window = _own_window(subject)
+    if window is not None and window >= N:
+        raise ValueError(
+            f"a text of {N} tokens is shorter than the window of '{subject}' ({window} tokens), so "
+            "nothing would ever leave it; use a longer text or a smaller window"
+        )
+
+
+def _own_window(subject: Subject) -> int | None:
+    if isinstance(subject, Recompute):
+        return subject.window
+    return subject.scorer.capacity if subject.scorer else None
+
+
+def measure(
+    model: object, ids: Tensor, subject: Subject, budget: Budget | None, protocol: Protocol,
+    advance: Advance,
+) -> Measured:  # fmt: skip
+    """Measure a subject on the document `ids [N]`; `advance` is told of tokens as they are read."""
+    ttft, dense_ttft = _time_prefill(model, ids, subject, budget, protocol)
+    peak = DevicePeak(model.device)  # type: ignore[attr-defined]
+    dense, decoder = decoder_for(model, Recipe(), None), decoder_for(model, subject, budget)
+    whole, decoded, steps = Scores(), Scores(), _Steps()
+    _prefill(dense, decoder, ids, protocol, whole)
+    advance(protocol.prefill)
+    wanted = _wanted(subject, protocol)
+    for start in range(protocol.prefill, len(ids) - 1, BLOCK):
+        stop = min(start + BLOCK, len(ids) - 1)
+        dense_logits = _dense_block(dense, ids, start, stop, steps)
+        fed = list(_feed_singly(decoder, ids, start, stop, wanted, steps))
+        if fed and _is_scored(subject):
+            at = torch.tensor([i for i, _ in fed])
+            logits = torch.stack([x for _, x in fed])
+            decoded.add(dense_logits[at - start], logits, ids[at + 1])
+        peak.note()
+        advance(stop - start)
+    return Measured(
+        bytes=_bytes(dense, decoder, budget, steps, peak),
+        quality=_quality(whole, decoded),
+        timing=_timing(steps, ttft, dense_ttft),
+        counts=final_bytes(decoder)[1],
+        series=_series(steps),
+    )
+
+
+# -- feeding -------------------------------------------------------------------------------------
+
+
+def _chunks(ids: Tensor, protocol: Protocol) -> tuple[Tensor, ...]:
+    return ids[: protocol.prefill].split(protocol.prefill_chunk or protocol.prefill)
+
+
+def _time_prefill(
+    model: object, ids: Tensor, subject: Subject, budget: Budget | None, protocol: Protocol
+) -> tuple[float, float]:
+    """Median seconds of the subject's and of the full cache's prefill; the first of each is warm-up."""
+    sides: list[tuple[Subject, Budget | None]] = [(subject, budget), (Recipe(), None)]
+    times: list[list[float]] = [[], []]
+    for run in range(1 + protocol.prefill_runs):
+        for side in (0, 1) if run % 2 else (1, 0):
+            decoder = decoder_for(model, *sides[side])
+            taken = 0.0
+            for chunk in _chunks(ids, protocol):
+                decoder.feed(chunk)
+                taken += decoder.seconds
+            if run:
+                times[side].append(taken)
+                continue
+            for token in ids[protocol.prefill :][:_WARM_STEPS].split(1):
+                decoder.feed(token)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _prefill(
+    dense: Decoder, decoder: Decoder, ids: Tensor, protocol: Protocol, scores: Scores
+) -> None:
+    """Feed and score the first part; a recomputed window is not scored here."""
+    start = 0
+    for chunk in _chunks(ids, protocol):
+        n = len(chunk)
+        if isinstance(decoder, WindowDecoder):
+            dense.feed(chunk)
+            decoder.skip(chunk)
+            continue
+        a, b = dense.feed(chunk, keep=n), decoder.feed(chunk, keep=n)
+        targets = ids[start + 1 : start + n + 1]
+        for part in zip(a.split(BLOCK), b.split(BLOCK), targets.split(BLOCK), strict=True):
+            scores.add(*part)
+        start += n
+
+
+def _wanted(subject: Subject, protocol: Protocol) -> set[int] | None:
+    """Indices of the tokens to feed: None for all, a sample for the baseline's slow windows.
+
+    Only where the window is full: its steady state.
+    """
+    if not isinstance(subject, Recompute):
+        return None
+    first, last = max(protocol.prefill, subject.window - 1), protocol.tokens - 2
+    if subject.positions:
+        return set(torch.linspace(first, last, subject.positions).round().int().tolist())
+    return set(range(max(first, last + 1 - TIMED_WINDOWS), last + 1))
+
+
+def _is_scored(subject: Subject) -> bool:
+    return not isinstance(subject, Recompute) or subject.positions > 0
+
+
+def _dense_block(dense: Decoder, ids: Tensor, start: int, stop: int, steps: _Steps) -> Tensor:
+    """Logits `[stop - start, V]` of the full cache: most tokens at once, the last ones timed."""
+    split = max(start, stop - TIMED)
+    parts = [dense.feed(ids[start:split], keep=split - start)] if split > start else []
+    times = []
+    for i in range(split, stop):
+        parts.append(dense.feed(ids[i : i + 1]))
+        times.append(dense.seconds)
+    steps.dense_seen.append(stop)
+    steps.dense_seconds.append(times)
+    return torch.cat(parts)
+
+
+def _feed_singly(
+    decoder: Decoder, ids: Tensor, start: int, stop: int, wanted: set[int] | None, steps: _Steps
+) -> Iterator[tuple[int, Tensor]]:
+    """Feed tokens one by one; yields (index of the token fed, logits `[V]`)."""
+    for i in range(start, stop):
+        if wanted is not None and i not in wanted:
+            assert isinstance(decoder, WindowDecoder)
+            decoder.skip(ids[i : i + 1])
+            continue
+        logits = decoder.feed(ids[i : i + 1])
+        steps.note(i + 1, decoder)
+        yield i, logits[-1]
+
+
+# -- figures -------------------------------------------------------------------------------------
+
+
+def perplexity(losses: list[float]) -> float | None:
+    """`exp` of the mean loss, inf if it overflows; None without losses."""
+    if not losses:
+        return None
+    mean = math.fsum(losses) / len(losses)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that at least `share` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def _quality(whole: Scores, decoded: Scores) -> Quality:
+    """`whole` holds the prefill's scores only, as a baseline without a prefill has none."""
+    n = len(decoded.nll)
+    every, dense = (whole.nll + decoded.nll), (whole.dense_nll + decoded.dense_nll)
+    return Quality(
+        perplexity=perplexity(every) if whole.nll else None,
+        decode_perplexity=perplexity(decoded.nll),
+        dense_perplexity=perplexity(dense) if whole.nll else None,
+        dense_decode_perplexity=perplexity(decoded.dense_nll),
+        kl=math.fsum(decoded.kl) / n if n else None,
+        kl_p99=percentile(decoded.kl, 0.99) if n else None,
+        top1=sum(decoded.same) / n if n else None,
+        scored=len(every),
+        decode_scored=n,
+        needles_right=0,
+        needles=0,
+    )
+
+
+def _timing(steps: _Steps, ttft: float, dense_ttft: float) -> Timing:
+    total = math.fsum(steps.seconds)
+    dense = [t for block in steps.dense_seconds for t in block]
+    return Timing(
+        ttft=ttft,
+        tpot=statistics.median(steps.seconds),
+        tpot_p95=percentile(steps.seconds, 0.95),
+        tpot_worst=max(steps.seconds),
+        decode=total,
+        steps=len(steps.seconds),
+        throughput=len(steps.seconds) / total,
+        dense_ttft=dense_ttft,
+        dense_tpot=statistics.median(dense),
+        dense_steps=len(dense),
+    )
+
+
+def _bytes(
+    dense: Decoder, decoder: Decoder, budget: Budget | None, steps: _Steps, peak: DevicePeak
+) -> Bytes:
+    device_peak = peak.value()
+    final, _ = final_bytes(decoder)
+    full, _ = final_bytes(dense)
+    per_token = full["dense"] / max(1, steps.dense_seen[-1])
+    dense_mean = per_token * statistics.fmean(steps.seen)
+    final.update(dense=full["dense"], dtype_dense=full["dtype_dense"])
+    return Bytes(
+        **final,
+        mean=statistics.fmean(steps.nbytes),
+        peak=max(steps.nbytes),
+        dense_mean=dense_mean,
+        allowed=_allowed(budget, dense_mean),
+        device_peak=device_peak,
+    )
+
+
+def _allowed(budget: Budget | None, dense_mean: float) -> float | None:
+    if budget is None or budget.kind == "tokens":
+        return None
+    return budget.amount * dense_mean if budget.kind == "share" else float(budget.amount)
+
+
+def _series(steps: _Steps) -> Series:
+    n = len(steps.seen)
+    width = math.ceil(n / BINS)
+    bins = [slice(a, min(a + width, n)) for a in range(0, n, width)]
+    return Series(
+        seen=[steps.seen[b.stop - 1] for b in bins],
+        entries=[round(steps.entries[b.stop - 1], 2) for b in bins],
+        nbytes=[max(steps.nbytes[b]) for b in bins],
+        seconds=[float(f"{statistics.median(steps.seconds[b]):.4g}") for b in bins],
+        dense_seen=steps.dense_seen,
+        dense_seconds=[float(f"{statistics.median(t):.4g}") for t in steps.dense_seconds],
+    )

@@ -1,0 +1,300 @@
+"""The row of evidence: everything that is published about one measured cell, as typed dataclasses.
+
+A row is one line of JSON. Its units are in the field names or documented below: bytes, seconds,
+tokens; `None` (JSON null) means "not measured" or "not available here", never zero. Perplexities are
+`exp` of a mean natural-log loss per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA = "kvloom.cell"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was run.
+
+    Attributes:
+        name: path or hub name as given. sha256: of the config and of every parameter and buffer as
+            loaded (so the dtype counts). type: transformers' model type. parameters: how many.
+        layers, kv_heads, head_dim: of the decoder. dtype: e.g. `"bfloat16"`.
+    """
+
+    name: str
+    sha256: str
+    type: str
+    parameters: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was compared.
+
+    Attributes:
+        recipe: the shortest text. full: with every parameter spelled out. budget: as asked, in
+            canonical spelling. baseline: True for `recompute(...)`, which is no cache.
+    """
+
+    recipe: str
+    full: str
+    budget: str | None
+    baseline: bool
+
+
+@dataclass(frozen=True)
+class Text:
+    """What it was measured on. sha256: of the token ids, each as 8 bytes, little-endian."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How it was measured.
+
+    Attributes:
+        tokens: N, length of the document. prefill: P, tokens of the first part; the other tokens
+            are fed one at a time. prefill_chunk: tokens per forward within the first part, 0: one
+            forward. prefill_runs: prefills timed for TTFT, each beside a dense one.
+        needles: retrieval tasks. needle_tokens: length of a task's context and question.
+        needle_sha256: of all their token ids. seed: of the tasks.
+    """
+
+    tokens: int
+    prefill: int
+    prefill_chunk: int = 0
+    prefill_runs: int = 3
+    needles: int = 0
+    needle_tokens: int = 0
+    needle_sha256: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where it was measured. git: commit of kvloom's checkout, `+dirty` if changed; None: installed.
+
+    source_sha256: of kvloom's own sources that can influence a result.
+    """
+
+    kvloom: str
+    git: str | None
+    source_sha256: str
+    python: str
+    torch: str
+    transformers: str
+    platform: str
+    cpu: str
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Live tensor storages of the cache, after commits.
+
+    Attributes:
+        final: at the end of the document; by_part: the same, split. mean, peak: over the tokens
+            that were fed one at a time. dense: a 16-bit dense cache at the end; dense_mean: its
+            mean over the same tokens; dtype_dense: in the model's dtype, at the end.
+        allowed: mean over these tokens of what the budget allows; None where it is not in bytes.
+        floor: the least bytes that the recipe needs. slack: part of `final` without live entries.
+        device_peak: most bytes that torch had allocated on the device while this cell's document
+            was measured, model, dense companion and activations included; None on the CPU.
+    """
+
+    final: int
+    by_part: dict[str, int]
+    mean: float
+    peak: int
+    dense: int
+    dense_mean: float
+    dtype_dense: int
+    allowed: float | None
+    floor: int
+    slack: int
+    device_peak: int | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Compression ratio: 16-bit dense bytes / real bytes, means over the decoded tokens."""
+        return self.dense_mean / self.mean if self.mean else None
+
+    @property
+    def dtype_ratio(self) -> float | None:
+        """Bytes of a dense cache in the model's dtype / real bytes, at the end."""
+        return self.dtype_dense / self.final if self.final else None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well the model predicts through the cache.
+
+    Attributes:
+        perplexity: of the whole document (tokens of the prefill see exact keys within a forward).
+        decode_perplexity: of the tokens predicted from single-token forwards only.
+        dense_perplexity, dense_decode_perplexity: a full cache on the same tokens, in lockstep.
+        kl: mean over the decoded tokens of KL(dense || this), nats. kl_p99: its 99th percentile.
+        top1: share of the decoded tokens where both rank the same token first.
+        scored, decode_scored: how many tokens these are means of.
+        needles_right, needles: retrieval tasks answered exactly, and asked.
+    """
+
+    perplexity: float | None
+    decode_perplexity: float | None
+    dense_perplexity: float | None
+    dense_decode_perplexity: float | None
+    kl: float | None
+    kl_p99: float | None
+    top1: float | None
+    scored: int
+    decode_scored: int
+    needles_right: int
+    needles: int
+
+    @property
+    def change(self) -> float | None:
+        """Relative change of the decode perplexity against dense; 0.02 is two per cent worse."""
+        if self.decode_perplexity is None or not self.dense_decode_perplexity:
+            return None
+        return self.decode_perplexity / self.dense_decode_perplexity - 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds, after a warm-up, each stamped after the commit and a device synchronisation.
+
+    Attributes:
+        ttft: median over `prefill_runs`, from the prompt to the first token's logits.
+        tpot, tpot_p95, tpot_worst: median, 95th percentile and maximum per single-token forward.
+        decode: sum over all `steps` such forwards; throughput: tokens per second of it.
+        dense_ttft, dense_tpot: medians of a full cache, measured in turns with this one;
+            `dense_steps` forwards, at the same positions.
+    """
+
+    ttft: float
+    tpot: float
+    tpot_p95: float
+    tpot_worst: float
+    decode: float
+    steps: int
+    throughput: float
+    dense_ttft: float
+    dense_tpot: float
+    dense_steps: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the cache did over the document; entries are summed over layers and KV heads."""
+
+    compressions: int = 0
+    evicted: int = 0
+    merged: int = 0
+    sealed: int = 0
+    compactions: int = 0
+
+
+@dataclass(frozen=True)
+class Series:
+    """The document in at most 200 bins, for figures; lists of equal length.
+
+    Attributes:
+        seen: tokens seen at the end of each bin. entries: kept per KV head then, mean over layers
+            and heads. nbytes: most bytes within the bin. seconds: median per token within the bin.
+        dense_seen, dense_seconds: the same for the dense companion, one value per block of tokens.
+    """
+
+    seen: list[int]
+    entries: list[float]
+    nbytes: list[int]
+    seconds: list[float]
+    dense_seen: list[int]
+    dense_seconds: list[float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured cell. `key` is the hash of everything that determines it (`identity.cell_key`)."""
+
+    key: str
+    measured_at: str
+    took: float
+    model: Model
+    subject: Subject
+    text: Text
+    protocol: Protocol
+    environment: Environment
+    bytes: Bytes
+    quality: Quality
+    timing: Timing
+    counts: Counts
+    series: Series
+
+    def to_json(self) -> str:
+        """One line; numbers that are not finite become null."""
+        fields = {"schema": SCHEMA, "version": VERSION, **dataclasses.asdict(self)}
+        return json.dumps(_finite(fields), separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Read a line. Raises ValueError if it is of another schema or version, or lacks a field."""
+        fields = json.loads(line)
+        if not isinstance(fields, dict) or fields.pop("schema", None) != SCHEMA:
+            raise ValueError(f"not a row of schema {SCHEMA!r}")
+        version = fields.pop("version", None)
+        if version != VERSION:
+            raise ValueError(f"schema {SCHEMA!r} version {version}, this kvloom reads {VERSION}")
+        row: Row = _read(cls, fields, "row")
+        return row
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities replaced by None, at any depth."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """`value` as `kind`: a dataclass, `X | None`, `list[X]`, `dict[str, X]` or a plain type."""
+    if dataclasses.is_dataclass(kind):
+        return _read_fields(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else _read(arguments[0], value, where)
+    if origin is list and isinstance(value, list):
+        return [_read(arguments[0], v, where) for v in value]
+    if origin is dict and isinstance(value, dict):
+        return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    wanted = (int, float) if kind is float else kind
+    if origin is None and isinstance(value, wanted) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise ValueError(f"{where} is {value!r}, not {getattr(kind, '__name__', kind)}")
+
+
+def _read_fields(kind: Any, value: Any, where: str) -> Any:
+    names = {f.name for f in dataclasses.fields(kind)}
+    if not isinstance(value, dict) or set(value) != names:
+        given = set(value) if isinstance(value, dict) else set()
+        odd = sorted(names ^ given)
+        raise ValueError(f"{where} lacks or has too many of: {', '.join(odd)}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{n: _read(hints[n], value[n], f"{where}.{n}") for n in names})

@@ -1,0 +1,120 @@
+"""The text that a model is measured on: bundled, local, or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvloom.evaluation import results
+from kvloom.evaluation.identity import tokens_sha256
+from kvloom.testbed import texts
+
+BUNDLED: dict[str, Callable[[], Iterable[str]]] = {"stdlib": texts.held_out_texts}
+_LOCAL_SUFFIXES = (*sorted(texts.SUFFIXES), ".jsonl", ".xz")
+
+
+@dataclass(frozen=True)
+class Document:
+    """The first tokens of a text.
+
+    Attributes:
+        name: as given. ids: int64 `[N]` on the CPU. raw: the text that gave them and what followed
+            up to the end of that document, as filler for retrieval tasks.
+    """
+
+    name: str
+    ids: Tensor
+    raw: str
+
+    @property
+    def facts(self) -> results.Text:
+        return results.Text(self.name, tokens_sha256(self.ids), len(self.ids))
+
+
+def load(name: str, tokenizer: Any, tokens: int) -> Document:
+    """The first `tokens` tokens of a text, its documents one after the other.
+
+    Special tokens stand at the start only. Raises ValueError if the text is unknown, unreadable,
+    empty or too short.
+    """
+    ids: list[int] = []
+    read: list[str] = []
+    for text in documents(name):
+        ids += tokenizer(text, add_special_tokens=not ids, verbose=False)["input_ids"]
+        read.append(text)
+        if len(ids) >= tokens:
+            break
+    if not any(text.strip() for text in read):
+        raise ValueError(f"text {name!r} is empty: there is nothing to predict")
+    if len(ids) < tokens:
+        raise ValueError(f"text {name!r} has {len(ids)} tokens, and {tokens} were asked for")
+    return Document(name, torch.tensor(ids[:tokens]), "\n".join(read))
+
+
+def documents(name: str) -> Iterator[str]:
+    """The documents of a text.
+
+    Args:
+        name: `"stdlib"` (held-out modules of the standard library); a text file, a `.jsonl` or
+            `.jsonl.xz` of objects with a `text`, or a folder of text files; or a dataset of the
+            hub as `"owner/name"`, `"owner/name:config"` or `"owner/name:config:split"`.
+    """
+    if name in BUNDLED:
+        yield from BUNDLED[name]()
+    elif Path(name).exists() or name.endswith(_LOCAL_SUFFIXES):
+        yield from _local(name)
+    else:
+        yield from _hub(name)
+
+
+def _local(name: str) -> Iterator[str]:
+    try:
+        yield from texts.local_texts(name)
+    except FileNotFoundError:
+        raise ValueError(f"text {name!r}: there is no such file or folder") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"text {name!r}: a line is not JSON ({error})") from None
+    except (KeyError, TypeError):
+        raise ValueError(f"text {name!r}: every line must be an object with a 'text'") from None
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"text {name!r} cannot be read: {error}") from None
+
+
+def _hub(name: str) -> Iterator[str]:
+    path, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    known = f"text {name!r} is neither bundled ({', '.join(BUNDLED)}) nor a local file or folder"
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise ValueError(
+            f"{known}; to read it as a dataset of the hub, pip install 'kvloom[hub]'"
+        ) from None
+    try:  # streaming: a book or two, not the whole collection
+        rows = datasets.load_dataset(path, config or None, split=split or "test", streaming=True)
+        for row in rows:
+            yield _text_of(row, name)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"{known}, and the hub did not give it as a dataset "
+            f"({type(error).__name__}: {reason[0] if reason else 'no reason'}); offline, download "
+            "it elsewhere and name the file"
+        ) from None
+
+
+def _text_of(row: dict[str, Any], name: str) -> str:
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    strings = [v for v in row.values() if isinstance(v, str)]
+    if not strings:
+        raise ValueError(f"dataset {name!r} has no column of text (columns: {', '.join(row)})")
+    return max(strings, key=len)
