@@ -61,7 +61,7 @@ def test_freed_memory_is_free(fmt):
     for cache in (full, small):
         model(ids[:, :1999], past_key_values=cache)  # 1999 = 200 + 1799: nothing is evicted yet
     before = small.nbytes
-    assert before >= 0.98 * full.nbytes
+    assert before >= 0.96 * full.nbytes  # `full` has a page open for what comes next
     model(ids[:, 1999:], past_key_values=small)
     stats, plan = small.stats(), small.layers[0].store.plan
     # tiles of 32 go as a whole where scales are shared

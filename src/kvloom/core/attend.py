@@ -69,9 +69,14 @@ def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Te
     if pinned is not None:
         query = store.sink_query(call.query) if store.plan.in_cache else call.query
         parts.append(_partial(pinned, call, query))
-    for slab in store.pool.slabs if store.pool else ():
-        parts.append(_slab_partial(store, slab, call))
-    parts += [_partial(tier, call, call.query) for tier in _exact_tiers(store, call, new)]
+    with_tail = _pages_and_tail(store, call)
+    for slab in store.pool.slabs:
+        if with_tail is None or slab is not store.open:
+            parts.append(_slab_partial(store, slab, call))
+    if with_tail is not None:
+        parts.append(_partial(with_tail, call, call.query))
+    rest = _exact_tiers(store, call, new, tail=with_tail is None)
+    parts += [_partial(tier, call, call.query) for tier in rest]
     if store.plan.observes or call.sink_logits is not None:
         return ops.combine(parts, call.sink_logits)
     return ops.combine_outputs(parts), None
@@ -100,6 +105,17 @@ def _slab_partial(store: LayerStore, slab: Slab, call: Call) -> Partial:
         part_out, part_lse = _partial(tier, call, call.query[where])
         out[where], lse[where] = part_out.float(), part_lse
     return out, lse
+
+
+def _pages_and_tail(store: LayerStore, call: Call) -> Tier | None:
+    """The last slab and the tail as one run, if the tail lies right behind the pages."""
+    if store.open is None or store.open.alive is not None or call.past_mask is not None:
+        return None
+    run = store.open.with_next_page()
+    if run is None or not store.tail.longest:
+        return None
+    n = (run.pages - 1) * PAGE + store.tail.longest
+    return Tier(ALL, ALL, run.slot["keys"].narrow(2, 0, n), run.slot["values"].narrow(2, 0, n))
 
 
 def _slab_tier(store: LayerStore, slab: Slab, segment: Segment, call: Call) -> Tier:
@@ -138,10 +154,13 @@ def _block_tier(block: Block, causal: bool = False) -> Tier | None:
     if "mass" in block.meta:
         mass = block.meta["mass"][:, :, :n]
         bias = mass if bias is None else bias + mass
-    return Tier(ALL, ALL, block.keys[:, :, :n], block.values[:, :, :n], bias, causal=causal)
+    keys, values = block.keys.narrow(2, 0, n), block.values.narrow(2, 0, n)
+    return Tier(ALL, ALL, keys, values, bias, causal=causal)
 
 
-def _exact_tiers(store: LayerStore, call: Call, new: Block | None) -> Iterator[Tier]:
+def _exact_tiers(
+    store: LayerStore, call: Call, new: Block | None, tail: bool = True
+) -> Iterator[Tier]:
     if store.centroids is not None:
         tier = _block_tier(store.centroids)
         if tier is not None:
@@ -149,11 +168,11 @@ def _exact_tiers(store: LayerStore, call: Call, new: Block | None) -> Iterator[T
             tier.keys = store.rotate(tier.keys, positions)
             tier.values = tier.values.to(tier.keys.dtype)
             yield tier
-    tail = _block_tier(store.tail)
-    if tail is not None:
+    newest = _block_tier(store.tail) if tail else None
+    if newest is not None:
         if call.past_mask is not None:
-            tail.mask = call.past_mask[..., call.past_mask.shape[-1] - tail.keys.shape[2] :]
-        yield tail
+            newest.mask = call.past_mask[..., call.past_mask.shape[-1] - newest.keys.shape[2] :]
+        yield newest
     if new is not None:
         causal = _block_tier(new, causal=True)
         assert causal is not None

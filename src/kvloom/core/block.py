@@ -52,6 +52,16 @@ class Block:
         self.keys, self.values, self.meta = keys, values, {} if meta is None else meta
         self.count = count
 
+    @classmethod
+    def token(cls, keys: Tensor, values: Tensor, one: Tensor, meta: dict[str, Tensor]) -> Block:
+        """One entry per (row, head); `one` is their count, known to be 1 (the decode path counts
+        every microsecond).
+        """
+        block = cls.__new__(cls)
+        block.keys, block.values, block.meta = keys, values, meta
+        block._count, block.size, block.longest = one, 1, 1
+        return block
+
     @property
     def count(self) -> Tensor:
         """Entries in use per (row, head)."""
@@ -136,11 +146,12 @@ class Block:
         pairs += [(self.meta[name], token.meta[name]) for name in self.meta]
         if size is not None:
             for mine, new in pairs:
-                mine[:, :, size] = new[:, :, 0]
-        else:
-            index = self.count.to(self.keys.device)[..., None]
-            for mine, new in pairs:
-                _scatter_slot(mine, index, new)
+                mine.select(2, size).copy_(new.select(2, 0))
+            self._count, self.size, self.longest = self._count + 1, size + 1, size + 1
+            return
+        index = self.count.to(self.keys.device)[..., None]
+        for mine, new in pairs:
+            _scatter_slot(mine, index, new)
         self.count = self.count + 1
 
     def owned(self, capacity: int, granule: int = GRANULE) -> Block:

@@ -98,6 +98,13 @@ class PageFormat(Policy):
     movable: ClassVar[bool] = True
 
     @property
+    def in_place(self) -> bool:
+        """Whether a page's fields are just `keys` and `values` as an exact tier holds them, so that
+        a page may be filled token by token.
+        """
+        return False
+
+    @property
     def pre_rope(self) -> bool:
         """Whether keys are stored before rotation (and rotated when they are read)."""
         return False

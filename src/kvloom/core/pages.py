@@ -34,11 +34,12 @@ class PagePool:
         heads: int,
         meta: dict[str, torch.dtype],
         base_positions: bool = False,
+        filled: bool = False,
     ):
         self.format, self.layout, self.dtype, self.device = fmt, layout, dtype, device
         if base_positions and device.type != "cpu":  # telling a gap would wait for the device
             meta, base_positions = {"positions": torch.int32, **meta}, False
-        self.meta, self.base_positions = meta, base_positions
+        self.meta, self.base_positions, self.filled = meta, base_positions, filled
         self.slabs: list[Slab] = []
         self.pages = torch.zeros(rows, heads, dtype=torch.int64)
         self.live = torch.zeros_like(self.pages)
@@ -146,10 +147,12 @@ class PagePool:
             if not last.shared and bool((free >= pages).all()) and set_room >= n_sets:
                 return last
         spare = torch.zeros_like(pages)
-        if self.slabs and not any(slab.shared for slab in self.slabs):
+        if not any(slab.shared for slab in self.slabs):
             spare = self.pages // GROWTH
             if limit is not None:  # a budget says where growth ends: double towards it
                 spare = torch.minimum(self.pages, (limit - self.pages - pages).clamp_min(0))
+            if self.filled:  # the next pages are filled in place, and read in one run with these
+                spare = torch.maximum(spare, pages // (2 * GROWTH)).clamp_min(1)
         extra_sets = int(spare.sum()) if encoded.scale_set else 0
         slab = self.new_slab(pages + spare, n_sets + extra_sets)
         self.slabs.append(slab)
@@ -181,6 +184,28 @@ class PagePool:
         return Slab(
             fields, sets, set_of, 0, first, room, zero, zero.clone(), meta=per_slot, base=base
         )
+
+    def open_page(self) -> Slab | None:
+        """The slab whose next page the tail may fill (`Slab.with_next_page`); None if there is none.
+
+        Every page is full, so that a new slab is made when the last one is used up.
+        """
+        if not self.slabs or any(slab.shared for slab in self.slabs):
+            return None
+        if not bool((self.slabs[-1].room > self.slabs[-1].used).any()):
+            self.slabs.append(self.new_slab((self.pages // GROWTH).clamp_min(1), 0))
+        return None if self.slabs[-1].with_next_page() is None else self.slabs[-1]
+
+    def close_page(self) -> None:
+        """The page that the tail filled is sealed where it is."""
+        slab = self.slabs[-1]
+        slab.used, slab.live = slab.used + 1, slab.live + PAGE
+        if slab.alive is not None:
+            where = (slab.used - 1) * PAGE
+            slot = torch.arange(slab.alive.shape[2]) - where[..., None]
+            slab.alive |= ((slot >= 0) & (slot < PAGE)).to(slab.device)
+        slab.changed()
+        self.recount()
 
     def _page_index(self, slab: Slab, pages: Tensor) -> Tensor:
         """Storage page of each new page, in the order of `_batch`."""

@@ -65,6 +65,11 @@ class LayerPlan:
         return self.recipe.evicts
 
     @cached_property
+    def fills_pages(self) -> bool:
+        """Whether the tail may grow inside the page that it will become."""
+        return self.format.in_place and not self.evicts and not self.meta
+
+    @cached_property
     def observes(self) -> bool:
         """Whether a policy wants to see attention."""
         return "attention_mass" in self.recipe.needs

@@ -60,6 +60,7 @@ class Slab:
     base: Tensor | None = None
     shared: bool = False
     _segments: list[Segment] | None = None
+    _open: Segment | None = None
 
     @property
     def pages(self) -> int:
@@ -105,7 +106,16 @@ class Slab:
         self.meta, self.base = {**self.meta, "positions": full}, None
 
     def changed(self) -> None:
-        self._segments = None
+        self._segments = self._open = None
+
+    def with_next_page(self) -> Segment | None:
+        """One run of the pages in use and the next free one of every (row, head), if there is such."""
+        if self._open is None and not self.shared and bool((self.room > self.used).all()):
+            grid = self._regular(self.first, self.used + 1)
+            if grid is not None:
+                B, H = self.first.shape
+                self._open = self._segment(slice(0, B), slice(0, H), *grid)
+        return self._open
 
     def segments(self) -> list[Segment]:
         """The slab as runs that one call can read: all of it if regular, else rows, else heads."""

@@ -15,6 +15,7 @@ from kvloom.core.forward import Counters, Forward, last_valid
 from kvloom.core.pages import PagePool
 from kvloom.core.plan import CENTROID_DTYPE, LayerPlan
 from kvloom.core.policy import Queries
+from kvloom.core.slab import Slab
 
 REFRESH = 16  # tokens after which a growing budget is worked out again
 
@@ -33,12 +34,15 @@ class LayerStore:
         self.sinks = self.tail.empty() if plan.sinks else None
         self.centroids = self._no_centroids() if plan.recipe.merger else None
         self.pool = PagePool(
-            plan.format, plan.layout, keys.dtype, device, B, H, plan.page_meta, plan.base_positions
-        )
+            plan.format, plan.layout, keys.dtype, device, B, H, plan.page_meta, plan.base_positions,
+            plan.fills_pages,
+        )  # fmt: skip
+        self.open: Slab | None = None  # the slab whose next page the tail is filling
         self.seen = torch.zeros(B, dtype=torch.int64)
         self.since = torch.zeros(B, dtype=torch.int64)
         self.next_position = torch.zeros(B, dtype=torch.int64, device=device)
         self._one_each = torch.ones(B, dtype=torch.int64)
+        self._one_slot = torch.ones(B, H, dtype=torch.int64)
         self.memory: dict[str, Tensor] = {}
         self.counters = Counters()
         self._capacity: Tensor | None = None
@@ -71,7 +75,7 @@ class LayerStore:
     def parts(self) -> dict[str, list[Tensor]]:
         """Every tensor that the layer holds, by what it is for."""
         codes, books = self.pool.parts()
-        counters = [self.seen, self.since, self._one_each, self.next_position]
+        counters = [self.seen, self.since, self._one_each, self._one_slot, self.next_position]
         counters += [] if self._capacity is None else [self._capacity]
         return {
             "pages": codes,
@@ -132,6 +136,8 @@ class LayerStore:
         meta = {} if scorer is None else dict(scorer.arrive(keys, values))
         if self.plan.positions:
             meta["positions"] = positions.to(torch.int32)[:, None].expand(B, H, Q)
+        if Q == 1:
+            return Block.token(keys, values, self._one_slot, meta)
         return Block(keys, values, torch.full((B, H), Q), meta)
 
     def forward(
@@ -262,7 +268,22 @@ class LayerStore:
                 self.tail = pending.owned(pending.longest)
                 raise
         elif pending is not self.tail:
-            self.tail = pending.owned(pending.longest)
+            self._keep(pending, pending.longest)
+
+    def _keep(self, exact: Block, capacity: int) -> None:
+        """Make `exact` the tail: in the page that it will become, or in storage of its own."""
+        self.open = (
+            self.pool.open_page() if self.plan.fills_pages and exact.size is not None else None
+        )
+        run = None if self.open is None else self.open.with_next_page()
+        if run is None:
+            self.tail = exact.owned(capacity)
+            return
+        start = (run.pages - 1) * PAGE
+        keys, values = run.slot["keys"][:, :, start:], run.slot["values"][:, :, start:]
+        keys[:, :, : exact.longest] = exact.keys[:, :, : exact.longest]
+        values[:, :, : exact.longest] = exact.values[:, :, : exact.longest]
+        self.tail = Block(keys, values, exact.count)
 
     def _page_limit(self, capacity: Tensor) -> Tensor | None:
         if not self.plan.recipe.schedule.bounded:
@@ -286,6 +307,11 @@ class LayerStore:
             self.counters.compactions += 1
 
     def _seal(self, pending: Block, pages: Tensor, limit: Tensor | None) -> None:
+        if pending is self.tail and self.open is not None:  # one page, full, and where it belongs
+            self.pool.close_page()
+            self.counters.sealed += pages.numel() * PAGE
+            self._keep(pending.empty(), 0)
+            return
         n = int(pages.max()) * PAGE
         block = pending.each(lambda x: x[:, :, :n], pages * PAGE)
         if self.plan.pre_rope:
@@ -297,7 +323,7 @@ class LayerStore:
         if self.plan.evicts:
             self.reclaim()
         rest = pending.span(pages * PAGE, pending.count - pages * PAGE)
-        self.tail = rest.owned(max(rest.longest, GRANULE))
+        self._keep(rest, max(rest.longest, GRANULE))
 
     # -- rows and length -------------------------------------------------------------------------
 
@@ -306,11 +332,12 @@ class LayerStore:
         host = index.to("cpu")
         if torch.equal(host, torch.arange(len(self.seen))):
             return
-        self.tail = self.tail.rows(index)
+        self.tail, self.open = self.tail.rows(index), None
         self.sinks = self.sinks.rows(index) if self.sinks is not None else None
         self.centroids = self.centroids.rows(index) if self.centroids is not None else None
         self.seen, self.since = self.seen[host], self.since[host]
         self._one_each = torch.ones_like(self.seen)
+        self._one_slot = torch.ones_like(self.tail.count)
         self.next_position = self.next_position.index_select(0, index.to(self.device))
         self.memory = {n: x.index_select(0, index.to(x.device)) for n, x in self.memory.items()}
         self._capacity = None if self._capacity is None else self._capacity[host]
@@ -336,6 +363,8 @@ class LayerStore:
         left = left - from_tail
         from_pages = torch.minimum(left, self.pool.live)
         if bool((from_pages > 0).any()):
+            if self.open is not None:  # its next page will be another one
+                self.tail, self.open = self.tail.empty(), None
             self.pool.drop_newest(from_pages)
             if not self.plan.base_positions:  # there, a page's first position must stay first
                 self.reclaim()

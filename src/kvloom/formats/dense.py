@@ -29,6 +29,10 @@ class Dense(PageFormat):
     def pre_rope(self) -> bool:
         return self.rope == "pre"
 
+    @property
+    def in_place(self) -> bool:
+        return self.rope == "post"
+
     def layout(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> Layout:
         key, value = Field((key_dim,), dtype, "key"), Field((value_dim,), dtype, "value")
         return Layout({"keys": key, "values": value})

@@ -12,6 +12,7 @@ from torch import Tensor
 # below this a log-sum-exp can only come from masked entries
 _EMPTY = torch.finfo(torch.float32).min / 4
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH = getattr(_FLASH, "default", None)
 
 
 def why_not(query: Tensor, keys: Tensor, values: Tensor, softcap: float | None) -> str | None:
@@ -63,10 +64,9 @@ def partial_attention(
         if extra.shape[2] > 1:
             extra = extra.unsqueeze(2).expand(B, H, G, Q, -1).reshape(B, H, G * Q, -1)
         extra = extra.expand(B, H, G * Q, -1)
-    out, lse = _FLASH(
-        query.reshape(B, H, G * Q, D), keys, values, 0.0, False, attn_mask=extra, scale=scale
-    )
-    out, lse = out.reshape(B, H, G, Q, -1), lse.reshape(B, H, G, Q)
+    flat = query.reshape(B, H, G * Q, D)
+    out, lse = _FLASH(flat, keys, values, 0.0, False, attn_mask=extra, scale=scale)
+    out, lse = out.reshape(query.shape), lse.reshape(B, H, G, Q)
     if extra is not None:
         empty = lse < _EMPTY
         out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, float("-inf"))
