@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -18,3 +19,25 @@ def _inference():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="1/1", help="i/n: the i-th of n parts of the tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Keep one shard. A test belongs to the same one on every machine, whatever else is selected."""
+    try:
+        part, parts = map(int, config.getoption("--shard").split("/"))
+    except ValueError:
+        part = parts = 0
+    if not 1 <= part <= parts:
+        shard = config.getoption("--shard")
+        raise pytest.UsageError(f"--shard {shard}: write i/n with 1 <= i <= n")
+    kept, dropped = [], []
+    for item in items:
+        mine = zlib.crc32(item.nodeid.encode()) % parts == part - 1
+        (kept if mine else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept

@@ -62,3 +62,5 @@ def turns(model: Any, make: Callable[[], Any]) -> Run:
 
 
 MODES = {f.__name__: f for f in (single, padded, chunked, padded_chunked, beams, sequences, turns)}
+# rows that a cache holds in each mode
+ROWS = {name: 1 for name in MODES} | {"padded": 3, "padded_chunked": 3, "beams": 6, "sequences": 2}

@@ -1,32 +1,99 @@
-"""How the contract suite runs whatever is registered: one small setting per policy."""
+"""What the contract suite runs: everything that is registered, in small settings.
+
+A new method needs no line here: it is found in the registry and tested with its defaults. Methods
+with modes, or whose defaults do nothing, add texts to `VARIANTS`.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from kvloom.core import registry
-from kvloom.core.policy import Scorer
+from kvloom.core.budget import DENSE_BYTES, Budget
+from kvloom.core.recipe import Recipe
+from kvloom.hf.model import plan_for
+from tests.contract.covering import Case
 
 CAPACITY = 90  # entries per head: below the prompt, above a page, so that sealed entries go too
+NONE = "none"
+
+# name -> texts that are tested beside the defaults
+VARIANTS = {
+    "streaming_llm": ["streaming_llm(positions='original')"],
+    "h2o": ["h2o(sinks=3)"],
+    "dense": ["dense(rope='pre')"],
+}
+# name -> texts that are tested instead of defaults that do nothing
+INSTEAD = {"weighted": ["weighted(layers=(1.5, 0.7, 1.0), heads=(1.0, 0.6))"]}
+SCHEDULES = [
+    "lazy",  # strict
+    "lazy(every=16, slack=4)",
+    "lazy(every=8, slack=12, max_drop=9, rule='paper')",
+    "lazy(every=8, slack=12, max_drop=3, rule='final')",
+]
+BUDGETS = ["entries", "bytes", "percent"]
 
 
-def formats() -> list[str]:
-    """Every registered format, and the pre-RoPE variant of dense."""
-    return [*registry.policies("format"), "dense(rope='pre')"]
+def registered(kind: str) -> list[str]:
+    """Every registered policy of a kind, with its variants, as recipe texts."""
+    texts = []
+    for name in registry.policies(kind):
+        texts += INSTEAD.get(name, [name, *VARIANTS.get(name, [])])
+    return texts
 
 
-def scorers() -> list[str]:
-    """Every registered scorer; methods with modes may add them here."""
-    return [*registry.policies("scorer"), "streaming_llm(positions='original')"]
+FACTORS = {
+    "scorer": [NONE, *registered("scorer")],
+    "format": registered("format"),
+    "merger": [NONE, *registered("merger")],
+    "allocator": [NONE, *registered("allocator")],
+    "schedule": SCHEDULES,
+}
 
 
-def with_size(scorer: str) -> tuple[str, str | None]:
-    """`(recipe text, budget)` that makes `scorer` hold CAPACITY entries per head."""
-    policy = registry_parse(scorer)
-    return scorer, None if policy.capacity is not None else f"{CAPACITY}tok"
+def allowed(case: Case) -> bool:
+    """Whether policies can stand in one recipe; judges partial cases, too."""
+    scorer = case.get("scorer")
+    if scorer == NONE:  # nothing is evicted, so there is nothing to merge, share or schedule
+        defaults = {"merger": NONE, "allocator": NONE, "schedule": "lazy", "budget": "entries"}
+        return all(case.get(name, value) == value for name, value in defaults.items())
+    if scorer and in_cache(scorer):  # centroids keep original positions
+        return case.get("merger", NONE) == NONE
+    return True
 
 
-def registry_parse(text: str) -> Scorer:
-    from kvloom.core.recipe import Recipe
+def in_cache(scorer: str) -> bool:
+    policy = Recipe.parse(scorer).scorer
+    return policy is not None and policy.in_cache
 
-    scorer = Recipe.parse(text).scorer
-    assert scorer is not None
-    return scorer
+
+def text(case: Case) -> str:
+    """The recipe of a case, in the canonical order."""
+    names = ("scorer", "schedule", "allocator", "merger", "format")
+    given = [case[name] for name in names if case.get(name, NONE) not in (NONE, "lazy")]
+    return str(Recipe.parse(" | ".join(given)))
+
+
+def budget_for(model: Any, recipe: str, kind: str, rows: int, tokens: int) -> str | int | None:
+    """A budget of that kind that holds about CAPACITY entries per head, of `tokens` tokens."""
+    parsed = Recipe.parse(recipe)
+    if not parsed.evicts or (parsed.scorer is not None and parsed.scorer.capacity is not None):
+        return None
+    if kind == "entries":
+        return f"{CAPACITY}tok"
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = kinds.count("full_attention")
+    plan = plan_for(config, parsed, Budget("bytes", 1 << 40), layers)
+    row = layers * plan.ceiling(torch.full((1, plan.heads), CAPACITY))
+    if kind == "bytes":
+        return rows * row
+    dense = layers * plan.heads * (plan.key_dim + plan.value_dim) * DENSE_BYTES * tokens
+    return f"{min(100, 100 * row // dense)}%"
+
+
+def short(text: str) -> str:
+    """A test id without blanks: pytest numbers the ones that are too long."""
+    return text.replace(" ", "")

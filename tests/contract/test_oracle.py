@@ -1,57 +1,90 @@
 """Every evicting policy and every format equals the mask-only oracle, in every family and mode.
 
-CI runs a pairwise covering array; `-m full` runs the product. In-cache positions have a reference
-of their own (tests/hf/test_in_cache.py), since a mask cannot express them.
+CI runs a pairwise covering array over families, modes, scorers, formats, mergers, allocators,
+schedules and budgets; `-m full` runs the product of families, modes, scorers and formats, each once
+plainly and once with the rest drawn at random (by a generator that the case itself seeds). In-cache
+positions have a reference of their own (tests/hf/test_in_cache.py), since a mask cannot express
+them.
 """
 
 from __future__ import annotations
 
 from itertools import product
+from random import Random
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from kvloom import CompressedCache
-from tests.contract.covering import pairwise
-from tests.contract.modes import MODES
-from tests.contract.recipes import CAPACITY, formats, scorers
+from tests.contract import recipes
+from tests.contract.covering import covering
+from tests.contract.modes import LONG, MODES, ROWS
+from tests.contract.recipes import NONE, allowed, budget_for, in_cache
 from tests.models import FAMILIES, build
 from tests.oracle.shadow import NAME, ShadowCache
 
-POLICIES = ["none", *(s for s in scorers() if s != "streaming_llm")]
-POLICIES += ["streaming_llm(positions='original') | lazy(every=16, slack=4)"]
 FACTORS = {
     "family": list(FAMILIES),
     "mode": list(MODES),
-    "policy": POLICIES,
-    "format": formats(),
+    **recipes.FACTORS,
+    "scorer": [s for s in recipes.FACTORS["scorer"] if not in_cache(s)],
+    "budget": recipes.BUDGETS,
 }
-COVERING = pairwise(FACTORS)
-REST = sorted(set(product(*FACTORS.values())) - set(COVERING))
+EACH = covering(FACTORS, 1, allowed)
+COVERING = [case for case in covering(FACTORS, 2, allowed) if case not in EACH]
+RANDOM = ("merger", "allocator", "schedule", "budget")
 
 
-@pytest.mark.parametrize(("family", "mode", "policy", "fmt"), COVERING)
-def test_equals_mask_only_oracle(family, mode, policy, fmt):
-    _check(family, mode, policy, fmt)
+def rest() -> list[tuple[str, ...]]:
+    cases = []
+    plain = {"merger": NONE, "allocator": NONE, "schedule": "lazy", "budget": "entries"}
+    for values in product(*(v for name, v in FACTORS.items() if name not in RANDOM)):
+        base = dict(zip((name for name in FACTORS if name not in RANDOM), values, strict=True))
+        draw = Random("/".join(values))
+        drawn = {**base, **{name: draw.choice(FACTORS[name]) for name in RANDOM}}
+        cases += [case for case in ({**base, **plain}, drawn) if allowed(case)]
+    tried = {*EACH, *COVERING}
+    unique = dict.fromkeys(tuple(case[name] for name in FACTORS) for case in cases)
+    return [case for case in unique if case not in tried]
+
+
+def ids(case):
+    return "-".join(value for value in case if value not in (NONE, "lazy")).replace(" ", "")
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("case", EACH, ids=ids)
+def test_equals_mask_only_oracle_each(case):
+    _check(dict(zip(FACTORS, case, strict=True)))
+
+
+@pytest.mark.parametrize("case", COVERING, ids=ids)
+def test_equals_mask_only_oracle(case):
+    _check(dict(zip(FACTORS, case, strict=True)))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("family", "mode", "policy", "fmt"), REST)
-def test_equals_mask_only_oracle_full(family, mode, policy, fmt):
-    _check(family, mode, policy, fmt)
+@pytest.mark.parametrize("case", rest(), ids=ids)
+def test_equals_mask_only_oracle_full(case):
+    _check(dict(zip(FACTORS, case, strict=True)))
 
 
-def _check(family, mode, policy, fmt):
-    recipe = fmt if policy == "none" else f"{policy} | {fmt}"
-    evicts = policy != "none"
-    ours = build(family)
-    theirs = build(family, attention=NAME)
-    budget = f"{CAPACITY}tok" if evicts else None
-    got = MODES[mode](ours, lambda: CompressedCache(ours, recipe, budget=budget))
-    want = MODES[mode](theirs, lambda: ShadowCache(theirs, recipe, CAPACITY))
-    exact = fmt.startswith("dense")
-    if exact:
+def _check(case):
+    family, mode, recipe = case["family"], case["mode"], recipes.text(case)
+    ours, theirs = build(family), build(family, attention=NAME)
+    budget = budget_for(ours, recipe, case["budget"], ROWS[mode], LONG)
+    caches = []
+
+    def make():
+        caches.append(CompressedCache(ours, recipe, budget))
+        return caches[-1]
+
+    got = MODES[mode](ours, make)
+    want = MODES[mode](theirs, lambda: ShadowCache(theirs, recipe, budget))
+    if case["scorer"] != NONE:
+        assert all(cache.stats().evicted > 0 for cache in caches), "nothing was put to the test"
+    if case["format"].startswith("dense"):
         _same(got, want)
     else:
         plain = build(family)

@@ -2,13 +2,16 @@
 
 It keeps every token of every layer, decides by brute force who lives, and fakes what a format does
 by decoding what it encoded. It shares with kvloom only the methods under their own names
-(`Scorer.arrive/observe/score`, `PageFormat.encode/decode`, `RopeSpec`), which have oracles of
-their own; selection, schedule, sealing, tiles and masks are written again.
+(`Scorer.arrive/observe/remember/score`, `Allocator.shares/split`, `PageFormat.encode/decode`,
+`RopeSpec`), which have oracles of their own, and for budgets in bytes the capacities that the plan
+reports, which the byte ceiling holds to account; selection, schedules, merging, sealing, tiles and
+masks are written again.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,20 +25,27 @@ from transformers.cache_utils import (
 )
 from transformers.masking_utils import eager_mask
 
+from kvloom.core.budget import Budget
 from kvloom.core.entries import Entries
 from kvloom.core.format import PageBatch
+from kvloom.core.plan import LayerPlan
+from kvloom.core.policy import Allocator, Queries
 from kvloom.core.recipe import Recipe
+from kvloom.formats.dense import Dense
+from kvloom.hf.output import output_weight_of
 from kvloom.hf.rope import rope_of
+from tests.oracle.mergers import Centroids, Folded
 
 NAME = "shadow_oracle"
+REFRESH = 16  # tokens after which a percentage is worked out again
 
 
 class ShadowLayer(CacheLayerMixin):
     is_sliding = False
 
-    def __init__(self, cache: ShadowCache, layer_idx: int):
+    def __init__(self, cache: ShadowCache, layer_idx: int, index: int):
         super().__init__()
-        self.cache, self.layer_idx, self.columns = cache, layer_idx, 0
+        self.cache, self.layer_idx, self.index, self.columns = cache, layer_idx, index, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, H = key_states.shape[:2]
@@ -44,8 +54,13 @@ class ShadowLayer(CacheLayerMixin):
         self.positions = torch.zeros(B, 0, dtype=torch.long)
         self.alive = torch.zeros(B, H, 0, dtype=torch.bool)
         self.state: dict[str, Tensor] = {}
+        self.memory: dict[str, Tensor] = {}
         self.unsealed = [[[] for _ in range(H)] for _ in range(B)]
         self.tile = [[{} for _ in range(H)] for _ in range(B)]
+        self.folded = [[Folded() for _ in range(H)] for _ in range(B)]
+        self.since = [0] * B
+        self.held: Tensor | None = None
+        self.held_at = 0
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *a: Any, **k: Any) -> Any:
@@ -74,15 +89,27 @@ class ShadowLayer(CacheLayerMixin):
         for name in ("keys", "values", "real", "positions", "alive"):
             setattr(self, name, getattr(self, name)[beam_idx])
         self.state = {n: x[beam_idx] for n, x in self.state.items()}
+        self.memory = {n: x[beam_idx] for n, x in self.memory.items()}
+        self.held = None if self.held is None else self.held[beam_idx]
         rows = beam_idx.tolist()
         self.unsealed = [[list(h) for h in self.unsealed[i]] for i in rows]
         self.tile = [[dict(h) for h in self.tile[i]] for i in rows]
+        self.folded = [[h.copy() for h in self.folded[i]] for i in rows]
+        self.since = [self.since[i] for i in rows]
 
-    # -- the brute force -------------------------------------------------------------------------
+    # -- what the methods see --------------------------------------------------------------------
 
-    def take_in(self, new: int, real: Tensor, positions: Tensor, weights: Tensor) -> None:
-        """`real` [B, new], `positions` [B, new], `weights` [B, H, G, new, T]."""
-        recipe, B = self.cache.recipe, real.shape[0]
+    @cached_property
+    def rope(self) -> Any:
+        return rope_of(self.cache.model, self.layer_idx)
+
+    def take_in(
+        self, query: Tensor, real: Tensor, positions: Tensor, weights: Tensor, **logits: Any
+    ) -> None:
+        """`query` [B, H, G, new, D], `real` [B, new], `positions` [B, new], `weights`
+        [B, H, G, new, T]; `logits` are the scale and the softcap.
+        """
+        recipe, B, new = self.cache.recipe, real.shape[0], real.shape[1]
         H, T = self.keys.shape[1], self.keys.shape[2]
         self.real = torch.cat([self.real, real], 1)
         self.positions = torch.cat([self.positions, positions], 1)
@@ -94,79 +121,232 @@ class ShadowLayer(CacheLayerMixin):
                 self.state[name] = torch.cat([old, x], 2)
             mass = (weights * real[:, None, None, :, None]).sum((2, 3))
             self.state = recipe.scorer.observe(self.state, {"attention_mass": mass})
+            self.remember(query, real, positions)
         for b, row in enumerate(self.real.tolist()):
             pinned = self.pinned(b)
             fresh = [j for j in range(T - new, T) if row[j] and j not in pinned]
             for h in range(H):
                 self.unsealed[b][h] += fresh
         if recipe.evicts:
-            self.evict()
+            self.evict(real.sum(1).tolist(), logits)
         for b in range(B):
             for h in range(H):
                 self.seal(b, h)
+
+    def remember(self, query: Tensor, real: Tensor, positions: Tensor) -> None:
+        needs = self.cache.recipe.scorer.needs
+        if "pre_rope_queries" in needs:
+            query = self.rope.unrotate(query, positions[:, None, None])
+        if needs & {"queries", "pre_rope_queries"}:
+            queries = Queries(query, positions, real)
+            self.memory = self.cache.recipe.scorer.remember(self.memory, queries)
 
     def pinned(self, b: int) -> set[int]:
         sinks = self.cache.recipe.scorer.pinned if self.cache.recipe.scorer else 0
         return set(self.real[b].nonzero().flatten().tolist()[:sinks])
 
-    def scores(self) -> Tensor:
-        B, H, T = self.alive.shape
-        valid = self.alive.clone()
-        for b in range(B):
+    def spread(self) -> Tensor:
+        """Position of every entry of every head."""
+        return self.positions[:, None].expand(self.alive.shape)
+
+    def scores(self, logits: dict[str, Any]) -> Tensor:
+        """The scorer's own opinion, on the full cache: the dead are not valid, but in the way."""
+        valid, scorer = self.alive.clone(), self.cache.recipe.scorer
+        for b in range(valid.shape[0]):
             for j in self.pinned(b):
                 valid[b, :, j] = False
-        meta = dict(self.state)
-        meta["positions"] = self.positions[:, None].expand(B, H, T)
-        stored = self.keys
-        entries = Entries(valid, meta, lambda: stored, lambda: self.values)
-        return self.cache.recipe.scorer.score(entries).float()
+        weight = None
+        if "output_weight" in scorer.needs:
+            H, E = self.values.shape[1], self.values.shape[3]
+            weight = output_weight_of(self.cache.model, self.layer_idx, H, E)
+        entries = Entries(
+            valid,
+            {**self.state, "positions": self.spread()},
+            lambda: self.keys,
+            lambda: self.values,
+            lambda: self.rope.unrotate(self.keys, self.spread()),
+            layer=self.index,
+            layers=self.cache.compressed,
+            memory=self.memory,
+            output_weight=weight,
+            **logits,
+        )
+        return scorer.score(entries).float()
 
-    def evict(self) -> None:
-        recipe, scores, alive = self.cache.recipe, self.scores().tolist(), self.alive.tolist()
-        B, H, T = self.alive.shape
-        for b in range(B):
-            pinned = self.pinned(b)
-            for h in range(H):
-                live = [j for j in range(T) if alive[b][h][j]]
-                capacity = self.cache.capacity(self.layer_idx, h)
-                goal = self.goal(len(live), capacity)
-                if goal == len(live):
-                    continue
-                free = [j for j in live if j not in pinned]
-                protected = int(recipe.scorer.protected(torch.tensor([[capacity - len(pinned)]])))
-                keep = self.chosen(b, h, free, scores[b][h], goal - len(pinned), protected)
-                self.alive[b, h, [j for j in free if j not in keep]] = False
-                self.unsealed[b][h] = [j for j in self.unsealed[b][h] if j in keep]
+    # -- how many may stay -----------------------------------------------------------------------
 
-    def goal(self, length: int, capacity: int) -> int:
+    def capacities(self) -> list[list[int]]:
+        """C of every row and head."""
+        (B, H), recipe, budget = self.alive.shape[:2], self.cache.recipe, self.cache.budget
+        seen = self.real.sum(1)
+        if budget is None or budget.kind == "tokens":
+            entries = recipe.scorer.capacity if budget is None else int(budget.amount)
+            sinks, shares = recipe.scorer.pinned, (recipe.allocator or Allocator()).shares
+            row = [
+                max(sinks + 1, sinks + math.floor((entries - sinks) * share))
+                for share in shares(self.cache.compressed, H)[self.index].tolist()
+            ]
+            return [row] * B
+        stale = budget.kind == "share" and int(seen.max()) - self.held_at >= REFRESH
+        if self.held is None or stale:
+            fresh = self.plan.capacity(seen)
+            self.held = fresh if self.held is None else torch.maximum(fresh, self.held)
+            self.held_at = int(seen.max())
+        return self.held.tolist()
+
+    @cached_property
+    def plan(self) -> LayerPlan:
+        """kvloom's own, for its budgets in bytes."""
+        cache, H = self.cache, self.alive.shape[1]
+        heads = cache.model.config.get_text_config(decoder=True).num_attention_heads
+        return LayerPlan(
+            cache.recipe, cache.budget, cache.format or Dense(), self.index, cache.compressed, H,
+            self.keys.shape[3], self.values.shape[3], self.keys.dtype, group=heads // H,
+        )  # fmt: skip
+
+    def goal(self, length: int, capacity: int, b: int, new: int, cells: int = 1) -> int:
+        """Entries to keep of `length`, for `cells` heads together; `length` if nothing is due."""
         schedule = self.cache.recipe.schedule
-        if schedule.every == 0 or length - capacity < schedule.every:
+        every, slack = schedule.every * cells, schedule.slack * cells
+        drop, over = schedule.max_drop * cells or 10**9, length - capacity
+        seen = int(self.real[b].sum())
+        if schedule.rule == "paper":
+            passed = sum(t % schedule.every == 0 for t in range(seen - new + 1, seen + 1))
+            return length - min(over, drop * passed) if over > slack and passed else length
+        if every == 0 or over < max(every, 1):
             return length
-        drop = schedule.max_drop or 10**9
-        return max(capacity, min(length - drop, capacity + schedule.slack))
+        if schedule.rule == "final":
+            if self.since[b] < schedule.every:
+                return length
+            slack -= every - cells
+            return max(capacity, min(length - drop, capacity + slack))
+        return max(capacity, min(length - drop, capacity + slack))
 
-    def chosen(
-        self, b: int, h: int, free: list[int], scores: list[float], target: int, protected: int
-    ) -> set[int]:
-        """Sort everything by (score, newness); tiles by their mean; take the best `target`."""
-        value = {j: scores[j] for j in free}
-        for j in free[len(free) - min(protected, target) :] if min(protected, target) else []:
-            value[j] = math.inf
-        tiles: dict[int, list[int]] = {}
+    # -- who stays -------------------------------------------------------------------------------
+
+    def evict(self, new: list[int], logits: dict[str, Any]) -> None:
+        """`new`: valid tokens of this forward, per row."""
+        capacities, alive, scores = self.capacities(), self.alive.tolist(), None
+        for b, heads in enumerate(alive):
+            self.since[b] += new[b]
+            pinned, lost = self.pinned(b), []
+            live = [[j for j, lives in enumerate(head) if lives] for head in heads]
+            goals = self.goals([len(head) for head in live], capacities[b], b, new[b])
+            if goals is None:
+                continue
+            self.since[b] = 0
+            scores = self.scores(logits).tolist() if scores is None else scores
+            free = [[j for j in head if j not in pinned] for head in live]
+            values = [
+                self.ranked(b, h, free[h], scores[b][h], self.protected(capacities[b], goals, b, h))
+                for h in range(len(free))
+            ]
+            targets = self.targets(goals, values, capacities[b], len(pinned))
+            for h, target in enumerate(targets):
+                keep = self.chosen(b, h, values[h], target)
+                lost.append([j for j in free[h] if j not in keep])
+                self.alive[b, h, lost[h]] = False
+                self.unsealed[b][h] = [j for j in self.unsealed[b][h] if j in keep]
+            self.fold(b, lost)
+
+    @property
+    def pools(self) -> bool:
+        """Whether the heads of a layer share one budget."""
+        allocator = self.cache.recipe.allocator
+        return allocator is not None and allocator.pools
+
+    def goals(self, lengths: list[int], capacity: list[int], b: int, new: int) -> list[int] | None:
+        """Entries to keep per head, or of all heads together; None if nothing is due."""
+        if self.pools:
+            total = self.goal(sum(lengths), sum(capacity), b, new, len(lengths))
+            return None if total == sum(lengths) else [total]
+        goals = [self.goal(n, c, b, new) for n, c in zip(lengths, capacity, strict=True)]
+        return None if goals == lengths else goals
+
+    def protected(self, capacity: list[int], goals: list[int], b: int, h: int) -> int:
+        """How many of the newest always stay: at most what the head gets."""
+        pinned, H = len(self.pinned(b)), len(capacity)
+        wanted = int(self.cache.recipe.scorer.protected(torch.tensor([[capacity[h] - pinned]])))
+        mine = (goals[0] - H * pinned) // H if self.pools else goals[h] - pinned
+        return min(wanted, mine)
+
+    def targets(
+        self, goals: list[int], values: list[dict[int, float]], capacity: list[int], pinned: int
+    ) -> list[int]:
+        """Entries to keep per head, pinned ones aside."""
+        if not self.pools:
+            return [goal - pinned for goal in goals]
+        H, T = len(values), self.alive.shape[2]
+        ranked = torch.full((1, H, T), -math.inf)
+        for h, value in enumerate(values):
+            for j, x in value.items():
+                ranked[0, h, j] = x
+        total = goals[0] - H * pinned
+        while True:
+            split = self.cache.recipe.allocator.split(
+                ranked, ranked > -math.inf, torch.tensor([total])
+            )
+            if self.cache.budget is None or self.cache.budget.kind == "tokens":
+                return split[0].tolist()
+            # unequal heads cost more bytes than equal ones, so the sum shrinks until they fit
+            peaks = self.cache.recipe.schedule.peak(split[0] + pinned)
+            if self.plan.cost.nbytes(peaks) <= self.plan.ceiling(torch.tensor([capacity])):
+                return split[0].tolist()
+            total -= max(1, total // 32)
+
+    def tiles(self, b: int, h: int, entries: list[int]) -> list[list[int]]:
+        """Those that can only go together."""
+        together: dict[int, list[int]] = {}
         if self.cache.format is not None and not self.cache.format.movable:
-            for j in free:
+            for j in entries:
                 if j in self.tile[b][h]:
-                    tiles.setdefault(self.tile[b][h][j], []).append(j)
-        for members in tiles.values():
+                    together.setdefault(self.tile[b][h][j], []).append(j)
+        return list(together.values())
+
+    def ranked(
+        self, b: int, h: int, free: list[int], scores: list[float], protected: int
+    ) -> dict[int, float]:
+        """What each entry is worth: the newest everything, the members of a tile their mean."""
+        value = {j: scores[j] for j in free}
+        for j in free[len(free) - protected :] if protected > 0 else []:
+            value[j] = math.inf
+        for members in self.tiles(b, h, free):
             mean = sum(value[j] for j in members) / len(members)
             for j in members:
                 value[j] = mean
-        ranked = sorted(free, key=lambda j: (-value[j], -j))
+        return value
+
+    def chosen(self, b: int, h: int, value: dict[int, float], target: int) -> set[int]:
+        """Sort everything by (score, newness), take the best; a tile that does not fit goes."""
+        ranked = sorted(value, key=lambda j: (-value[j], -j))
         keep = set(ranked[:target])
-        for members in tiles.values():
+        for members in self.tiles(b, h, list(value)):
             if not keep.issuperset(members):
                 keep -= set(members)
         return keep
+
+    # -- what becomes of them --------------------------------------------------------------------
+
+    def fold(self, b: int, lost: list[list[int]]) -> None:
+        """Hand the evicted to the merger's oracle, as they are stored at this moment."""
+        if self.cache.recipe.merger is None:
+            return
+        for h, gone in enumerate(lost):
+            positions = self.positions[b, gone]
+            keys = self.rope.unrotate(self.keys[b, h, gone], positions).float()
+            self.folded[b][h].take(keys, self.values[b, h, gone].float(), positions)
+
+    def centroids(self) -> Centroids | None:
+        """What stands for the evicted: keys `[B, H, n, D]`, rotated; None without a merger."""
+        merger = self.cache.recipe.merger
+        if merger is None:
+            return None
+        rows = [[head.centroids(merger, self.keys, self.values) for head in r] for r in self.folded]
+        keys, values, mass, positions = (
+            torch.stack([torch.stack([getattr(head, name) for head in row]) for row in rows])
+            for name in ("keys", "values", "mass", "positions")
+        )
+        return Centroids(self.rope.rotate(keys, positions), values, mass, positions)
 
     def seal(self, b: int, h: int) -> None:
         fmt = self.cache.format
@@ -177,15 +357,16 @@ class ShadowLayer(CacheLayerMixin):
             page, waiting = waiting[:64], waiting[64:]
             keys, values = self.keys[b, h, page], self.values[b, h, page]
             positions = self.positions[b, page]
-            rope = self.cache.rope(self.layer_idx) if fmt.pre_rope else None
-            stored = keys if rope is None else rope.unrotate(keys, positions).to(keys.dtype)
+            stored = keys
+            if fmt.pre_rope:
+                stored = self.rope.unrotate(keys, positions).to(keys.dtype)
             none = torch.zeros(1, dtype=torch.long)
             encoded = fmt.encode(PageBatch(stored[None], values[None], none, none), {})
             sets = {n: x.expand(2, *x.shape[1:]) for n, x in encoded.scale_set.items()}
             slots = {n: x[0] for n, x in encoded.slot.items()}
             keys, values = fmt.decode(slots, sets, self.keys.dtype)
-            if rope is not None:
-                keys = rope.rotate(keys, positions).to(self.keys.dtype)
+            if fmt.pre_rope:
+                keys = self.rope.rotate(keys, positions).to(self.keys.dtype)
             self.keys, self.values = self.keys.clone(), self.values.clone()
             self.keys[b, h, page], self.values[b, h, page] = keys, values
             for i, j in enumerate(page):
@@ -194,31 +375,24 @@ class ShadowLayer(CacheLayerMixin):
 
 
 class ShadowCache(Cache):
-    """`capacity`: entries per head, for every layer and head, or a function of (layer, head)."""
-
-    def __init__(self, model: Any, recipe: str, capacity: Any = None):
+    def __init__(self, model: Any, recipe: str, budget: Any = None):
         self.recipe = Recipe.parse(recipe)
+        self.budget = None if budget is None else Budget.parse(budget)
         self.format = self.recipe.format
-        if isinstance(capacity, int) or capacity is None:
-            size = (
-                self.recipe.scorer.capacity if self.recipe.scorer and capacity is None else capacity
-            )
-            self.capacity = lambda layer, head: size
-        else:
-            self.capacity = capacity
         self.model = model
         kinds, kwargs = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        if isinstance(kwargs, dict):  # before transformers 5.20: one dict for all layers
+            kwargs = [kwargs] * len(kinds)
+        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        self.compressed = len(full)
         super().__init__(
             layers=[
-                ShadowLayer(self, i)
+                ShadowLayer(self, i, full.index(i))
                 if kind == "full_attention"
                 else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
                 for i, (kind, kw) in enumerate(zip(kinds, kwargs, strict=True))
             ]
         )
-
-    def rope(self, layer_idx: int) -> Any:
-        return rope_of(self.model, layer_idx)
 
 
 def shadow_attention(
@@ -231,9 +405,13 @@ def shadow_attention(
     H, T = key.shape[1], key.shape[2]
     groups = heads // H
     scale = D**-0.5 if scaling is None else scaling
-    logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    centroids = None if layer is None else layer.centroids()
+
+    def logits_of(keys: Tensor) -> Tensor:
+        logits = query @ keys.repeat_interleave(groups, 1).transpose(2, 3) * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    logits = logits_of(key)
     if attention_mask is None:
         attention_mask = torch.zeros(1, 1, Q, T)
     hidden = attention_mask < -1
@@ -241,18 +419,25 @@ def shadow_attention(
         dead = torch.zeros(B, H, T, dtype=torch.bool)
         dead[:, :, : layer.alive.shape[2]] = ~layer.alive
         hidden = hidden | dead.repeat_interleave(groups, 1)[:, :, None]
-    logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+    columns = [logits.masked_fill(hidden, torch.finfo(logits.dtype).min)]
+    values = value
+    if centroids is not None:  # one key that stands for exp(mass) tokens
+        mass = centroids.mass.repeat_interleave(groups, 1)[:, :, None]
+        columns.append(logits_of(centroids.keys.to(key.dtype)) + mass)
+        values = torch.cat([value, centroids.values.to(value.dtype)], 2)
     if s_aux is not None:
-        sink = s_aux.view(1, heads, 1, 1).expand(B, heads, Q, 1)
-        weights = torch.cat([logits, sink], -1).softmax(-1)[..., :T]
-    else:
-        weights = logits.softmax(-1)
-    out = weights @ value.repeat_interleave(groups, 1)
+        columns.append(s_aux.view(1, heads, 1, 1).expand(B, heads, Q, 1))
+    weights = torch.cat(columns, -1).softmax(-1)
+    out = weights[..., : values.shape[2]] @ values.repeat_interleave(groups, 1)
     if layer is not None:
         new = attention_mask[:, 0, :, T - Q :].diagonal(dim1=-2, dim2=-1) > -1
-        real = new.expand(B, Q)
         layer.take_in(
-            Q, real, kwargs["position_ids"].expand(B, Q), weights.view(B, H, groups, Q, T)
+            query.view(B, H, groups, Q, D),
+            new.expand(B, Q),
+            kwargs["position_ids"].expand(B, Q),
+            weights[..., :T].view(B, H, groups, Q, T),
+            scale=scale,
+            softcap=softcap,
         )
     return out.transpose(1, 2).contiguous(), None
 

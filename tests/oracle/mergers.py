@@ -1,0 +1,88 @@
+"""What the mask-only oracle believes that mergers do: every evicted token is kept, and counted.
+
+`ORACLES` maps a merger's name to a function that computes its centroids the slow, obvious way from
+all tokens that were ever evicted. A merger without one is replayed with its own `fold`, which
+tests all that surrounds it; its arithmetic is then its own test's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvloom.core.block import Block
+from kvloom.core.policy import Losers
+
+
+@dataclass
+class Centroids:
+    """Keys `[..., n, D]`, values, log mass `[..., n]` (-inf: empty) and mean positions."""
+
+    keys: Tensor
+    values: Tensor
+    mass: Tensor
+    positions: Tensor
+
+
+Batch = tuple[Tensor, Tensor, Tensor]  # keys before rotation [N, D], values [N, E], positions [N]
+
+
+@dataclass
+class Folded:
+    """Everything that one KV head of one row ever gave away, by compression."""
+
+    batches: list[Batch] = field(default_factory=list)
+    latest: Centroids | None = None
+
+    def copy(self) -> Folded:
+        return Folded(list(self.batches), self.latest)
+
+    def take(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self.batches.append((keys, values, positions))
+        self.latest = None
+
+    def centroids(self, merger: Any, keys: Tensor, values: Tensor) -> Centroids:
+        """`keys` and `values` only give the widths."""
+        if self.latest is None:
+            empty = _empty(merger.centroids, keys.shape[-1], values.shape[-1])
+            oracle = ORACLES.get(merger.name, replay)
+            gave = [batch for batch in self.batches if len(batch[2])]
+            self.latest = oracle(merger, gave, empty) if gave else empty
+        return self.latest
+
+
+def _empty(n: int, key_dim: int, value_dim: int) -> Centroids:
+    mass = torch.full((n,), float("-inf"))
+    return Centroids(torch.zeros(n, key_dim), torch.zeros(n, value_dim), mass, torch.zeros(n))
+
+
+def mean_centroid(merger: Any, batches: list[Batch], empty: Centroids) -> Centroids:
+    """The plain mean of all tokens, which counts for as many as they are."""
+    keys, values, positions = (torch.cat(x).double() for x in zip(*batches, strict=True))
+    mass = torch.tensor([float(len(positions))]).log()
+    means = [x.mean(0, keepdim=True).float() for x in (keys, values, positions)]
+    return Centroids(means[0], means[1], mass, means[2])
+
+
+def replay(merger: Any, batches: list[Batch], empty: Centroids) -> Centroids:
+    """The merger's own `fold`, one compression after the other."""
+    meta = {"mass": empty.mass[None, None], "positions": empty.positions[None, None]}
+    none = torch.zeros(1, 1, dtype=torch.int64)
+    block = Block(empty.keys[None, None], empty.values[None, None], none, meta)
+    for keys, values, positions in batches:
+        valid = torch.ones(1, 1, len(positions), dtype=torch.bool)
+        mass = torch.zeros(1, 1, len(positions))
+        losers = Losers(keys[None, None], values[None, None], mass, positions[None, None], valid)
+        block = merger.fold(losers, block)
+    used = block.valid(block.keys.shape[2])[0, 0]
+    mass = block.meta["mass"][0, 0].masked_fill(~used, float("-inf"))
+    return Centroids(block.keys[0, 0], block.values[0, 0], mass, block.meta["positions"][0, 0])
+
+
+ORACLES: dict[str, Callable[[Any, list[Batch], Centroids], Centroids]] = {
+    "mean_centroid": mean_centroid,
+}
