@@ -27,7 +27,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Keep one shard. A test belongs to the same one on every machine, whatever else is selected."""
+    """Mark the error cases, and keep one shard. A test belongs to the same one on every machine, whatever else is selected."""
     try:
         part, parts = map(int, config.getoption("--shard").split("/"))
     except ValueError:
@@ -35,6 +35,9 @@ def pytest_collection_modifyitems(config, items):
     if not 1 <= part <= parts:
         shard = config.getoption("--shard")
         raise pytest.UsageError(f"--shard {shard}: write i/n with 1 <= i <= n")
+    for item in items:  # what can go wrong must be said clearly on every version
+        if item.path.name == "test_bad_input.py":
+            item.add_marker("oldest")
     kept, dropped = [], []
     for item in items:
         mine = zlib.crc32(item.nodeid.encode()) % parts == part - 1

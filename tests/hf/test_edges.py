@@ -13,6 +13,8 @@ from kvloom import CompressedCache
 from kvloom.formats.int4 import Int4
 from tests.models import build, left_padded, tokens
 
+pytestmark = pytest.mark.oldest
+
 ORIGINAL = "streaming_llm(sinks=2, positions='original'"
 
 
