@@ -3,6 +3,7 @@
 PYTHON ?= python3
 JOBS   ?= auto# xdist workers, at most 8
 ARGS   ?=#      more arguments for pytest, e.g. ARGS="-k h2o"
+SHARD  ?= 1/1#  part i of n of test-all, e.g. SHARD=2/4
 
 BIN    := .venv/bin
 OLDEST := .venv-oldest/bin
@@ -19,7 +20,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo 'make demo         a short generate with compressed caches, and what each held in bytes'
 	@echo 'make test         the tests (a few minutes on 2 cores)'
-	@echo 'make test-all     the full product of families, modes, policies and formats (long)'
+	@echo 'make test-all     the full product of families, modes, policies and formats (half an'
+	@echo '                  hour on 2 cores); SHARD=i/n runs part i of n, on as many machines'
 	@echo 'make test-oldest  a part of the tests on the oldest supported transformers'
 	@echo 'make lint types   ruff, mypy; `make format` applies what ruff can'
 	@echo 'make clean        remove the environments and caches'
@@ -31,7 +33,7 @@ test: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m "not full" $(ARGS)
 
 test-all: $(READY)
-	@HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m "full or not full" $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m "full or not full" --shard $(SHARD) $(ARGS)
 
 test-oldest: .venv-oldest/.ready
 	@HF_HUB_OFFLINE=1 $(OLDEST)/python $(PYTEST) -m "oldest and not full" $(ARGS)
