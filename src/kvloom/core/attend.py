@@ -109,7 +109,7 @@ def _slab_partial(store: LayerStore, slab: Slab, call: Call) -> Partial:
 
 def _pages_and_tail(store: LayerStore, call: Call) -> Tier | None:
     """The last slab and the tail as one run, if the tail lies right behind the pages."""
-    if store.open is None or store.open.alive is not None or call.past_mask is not None:
+    if store.open is None or store.open.holes or call.past_mask is not None:
         return None
     run = store.open.with_next_page()
     if run is None or not store.tail.longest:
@@ -119,21 +119,23 @@ def _pages_and_tail(store: LayerStore, call: Call) -> Tier | None:
 
 
 def _slab_tier(store: LayerStore, slab: Slab, segment: Segment, call: Call) -> Tier:
-    assert store.pool is not None
-    where, n = (segment.rows, segment.heads), segment.pages * PAGE
-    keys, values = store.pool.decode(segment, slab)
+    skip = slab.skipped(segment)
+    run = segment.after(skip) if skip else segment
+    where = (segment.rows, segment.heads, slice(skip or 0, segment.pages * PAGE))
+    keys, values = store.pool.decode(run, slab)
     if store.plan.pre_rope:
-        keys = store.rotate(keys, slab.positions()[where][:, :, :n])
+        keys = store.rotate(keys, slab.positions()[where])
     bias = None
-    if slab.alive is not None:
-        alive = slab.alive[where][:, :, :n]
+    if slab.holes and skip is None:
+        alive = slab.valid()[where]
         bias = torch.zeros_like(alive, dtype=torch.float32).masked_fill(~alive, float("-inf"))
     if "mass" in slab.meta:
-        mass = slab.meta["mass"][where][:, :, :n]
+        mass = slab.meta["mass"][where]
         bias = mass if bias is None else bias + mass
     mask = None
     if call.past_mask is not None:
         start = store.pool.offset(slab)
+        n = keys.shape[2]
         mask = call.past_mask[segment.rows, :, :, start : start + n]
     return Tier(segment.rows, segment.heads, keys, values, bias, mask)
 
@@ -186,7 +188,7 @@ def attention_mass(store: LayerStore, call: Call, new: Block | None, lse: Tensor
     A second light pass over the keys, given the normaliser of the first.
     """
     columns = []
-    for slab in store.pool.slabs if store.pool else ():
+    for slab in store.pool.slabs:
         received = call.query.new_zeros((*slab.first.shape, slab.pages * PAGE), dtype=torch.float32)
         for segment in slab.segments():
             tier = _slab_tier(store, slab, segment, call)

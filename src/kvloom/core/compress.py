@@ -27,6 +27,9 @@ def compress_if_due(store: LayerStore, pending: Block, forward: Forward, capacit
     target, due = _target(store, store.pool.live + pending.count + pinned, capacity, forward)
     if not bool(due.any()):
         return pending
+    if store.plan.drops_oldest:
+        store.since = store.since.masked_fill(due, 0)
+        return _drop_oldest(store, pending, store.pool.live + pending.count + pinned - target)
     try:
         pending = _compress(store, pending, forward, capacity, target, pinned, due)
     except Exception:
@@ -80,6 +83,19 @@ def _compress(
         lost = losers_of(store, entries, entries.valid & ~keep)
         store.centroids = merger.fold(lost, store.centroids)
     return _remove(store, pending, keep, merged=merger is not None)
+
+
+def _drop_oldest(store: LayerStore, pending: Block, n: Tensor) -> Block:
+    """Move the start of each head by `n [B, H]` (host); the device is not waited for."""
+    sealed = torch.minimum(n, store.pool.live)
+    store.pool.drop_oldest(sealed)
+    exact = n - sealed
+    if bool(exact.any()):
+        pending = pending.span(exact, pending.count - exact)
+    store.counters.compressions += 1
+    store.counters.evicted += int(n.sum())
+    store.reclaim()
+    return pending
 
 
 def _remove(store: LayerStore, pending: Block, keep: Tensor, merged: bool) -> Block:

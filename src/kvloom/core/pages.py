@@ -182,8 +182,9 @@ class PagePool:
             base = torch.zeros(*room.shape, int(room.max()), dtype=torch.int32, device=device)
         first = (ends - room.flatten()).view_as(room)
         return Slab(
-            fields, sets, set_of, 0, first, room, zero, zero.clone(), meta=per_slot, base=base
-        )
+            fields, sets, set_of, 0, first, room, zero, zero.clone(), zero.clone(),
+            meta=per_slot, base=base,
+        )  # fmt: skip
 
     def open_page(self) -> Slab | None:
         """The slab whose next page the tail may fill (`Slab.with_next_page`); None if there is none.
@@ -261,6 +262,18 @@ class PagePool:
                 slab.alive = _padded(alive, int(slab.room.max()) * PAGE)
                 slab.live = live
             start += n
+        self.recount()
+
+    def drop_oldest(self, n: Tensor) -> None:
+        """Forget the oldest `n` (host `[B, H]`) live entries; the device is not waited for."""
+        for slab in self.slabs:
+            mine = torch.minimum(n, slab.live)
+            if slab.alive is None:
+                slab.skip = slab.skip + mine
+            else:
+                older = slab.valid().cumsum(-1)
+                slab.alive[:, :, : older.shape[2]] &= older > mine.to(self.device)[..., None]
+            slab.live, n = slab.live - mine, n - mine
         self.recount()
 
     def drop_newest(self, n: Tensor) -> None:

@@ -70,6 +70,12 @@ class LayerPlan:
         return self.format.in_place and not self.evicts and not self.meta
 
     @cached_property
+    def drops_oldest(self) -> bool:
+        """Whether an eviction only moves the start of each head's entries."""
+        scorer, plain = self.recipe.scorer, self.recipe.merger is None and not self.pools
+        return bool(scorer and scorer.oldest_first and plain and self.format.movable)
+
+    @cached_property
     def observes(self) -> bool:
         """Whether a policy wants to see attention."""
         return "attention_mass" in self.recipe.needs

@@ -119,6 +119,13 @@ class Scorer(Policy):
         return False
 
     @property
+    def oldest_first(self) -> bool:
+        """Whether the oldest entry that is not pinned always goes first, so that nothing need be
+        scored.
+        """
+        return False
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the fp32 slot state that `arrive` creates."""
         return ()

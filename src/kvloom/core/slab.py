@@ -26,6 +26,10 @@ class Segment(NamedTuple):
     slot: dict[str, Tensor]
     set_of: Tensor | None
 
+    def after(self, skip: int) -> Segment:
+        """The run without its first `skip` slots; only where no slots share scales."""
+        return self._replace(slot={name: x[:, :, skip:] for name, x in self.slot.items()})
+
     def covers(self, rows: int, heads: int) -> bool:
         """Whether this run is all there is."""
         return self.rows == slice(0, rows) and self.heads == slice(0, heads)
@@ -41,7 +45,8 @@ class Slab:
         n_sets: how many sets are in use.
         first, room, used, live: host int64 `[B, H]`: first page, pages reserved, pages in use, and
             live slots of each (row, head).
-        alive: bool `[B, H, P * 64]`, or None while every slot in use is live.
+        skip: host int64 `[B, H]`, how many of the oldest slots are dead.
+        alive: bool `[B, H, P * 64]`, or None while every slot in use behind `skip` is live.
         meta: `[B, H, P * 64]` per-slot tensors; P is the largest room.
         base: int32 `[B, H, P]`, position of each page's first slot, if that tells all the others.
         shared: rows were reordered by reference; nothing may be appended any more.
@@ -55,6 +60,7 @@ class Slab:
     room: Tensor
     used: Tensor
     live: Tensor
+    skip: Tensor
     alive: Tensor | None = None
     meta: dict[str, Tensor] = field(default_factory=dict)
     base: Tensor | None = None
@@ -79,7 +85,8 @@ class Slab:
     def books(self) -> list[Tensor]:
         """Live flags, metadata and page tables."""
         extra = [t for t in (self.alive, self.base) if t is not None]
-        return [*self.meta.values(), *extra, self.first, self.room, self.used, self.live]
+        host = [self.first, self.room, self.used, self.live, self.skip]
+        return [*self.meta.values(), *extra, *host]
 
     def valid(self) -> Tensor:
         """Live slots: bool `[B, H, pages * 64]`."""
@@ -87,7 +94,21 @@ class Slab:
         if self.alive is not None:
             return self.alive[:, :, :n]
         slot = torch.arange(n, device=self.device)
-        return slot < (self.used * PAGE).to(self.device)[..., None]
+        live = slot < (self.used * PAGE).to(self.device)[..., None]
+        if bool(self.skip.any()):
+            live &= slot >= self.skip.to(self.device)[..., None]
+        return live
+
+    @property
+    def holes(self) -> bool:
+        """Whether some slot in use is dead."""
+        return self.alive is not None or bool(self.skip.any())
+
+    def skipped(self, segment: Segment) -> int | None:
+        """The common value of `skip` in a run, or None if it differs or must be masked instead."""
+        if self.alive is not None or segment.set_of is not None:
+            return None
+        return uniform(self.skip[segment.rows, segment.heads])
 
     def positions(self) -> Tensor:
         """Original positions, int32 `[B, H, pages * 64]`."""
@@ -169,7 +190,7 @@ class Slab:
     def rows(self, index: Tensor) -> None:
         """Reorder rows by reference: rows may share pages from now on."""
         host = index.to("cpu")
-        for name in ("first", "room", "used", "live"):
+        for name in ("first", "room", "used", "live", "skip"):
             setattr(self, name, getattr(self, name)[host])
         if self.alive is not None:
             self.alive = self.alive.index_select(0, index.to(self.alive.device))

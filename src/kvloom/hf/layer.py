@@ -180,7 +180,7 @@ class CompressedLayer(CacheLayerMixin):
                 f"the 4D attention mask has {mask.shape[-1]} columns, but the cache has seen {seen} "
                 f"tokens and gets {Q} more: pass all {seen + Q} columns"
             )
-        holes = any(slab.alive is not None for slab in self.store.pool.slabs)
+        holes = any(slab.holes for slab in self.store.pool.slabs)
         if holes or not bool((self.store.stored == seen).all()):
             raise ValueError(
                 f"a 4D attention mask {tuple(mask.shape)} addresses every column, but padded or cropped "

@@ -57,6 +57,10 @@ class StreamingLLM(Scorer):
     def in_cache(self) -> bool:
         return self.positions == "in_cache"
 
+    @property
+    def oldest_first(self) -> bool:
+        return True
+
     def score(self, entries: Entries) -> Tensor:
         """The order of arrival."""
         steps = torch.arange(entries.valid.shape[-1], device=entries.valid.device)
