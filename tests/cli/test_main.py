@@ -39,10 +39,6 @@ def test_show_writes_out_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("show", "h3o"), ("'h3o'", "did you mean 'h2o'?")),
         (("show", "zzzzzz"), ("'zzzzzz'", "kvloom list")),
-        (("demo", "--recipe", "h3o"), ("'h3o'", "did you mean 'h2o'?")),
-        (("demo", "--recipe", "h2o", "--budget", "lots"), ("'lots'", "'25%'")),
-        (("demo", "--recipe", "h2o"), ("h2o evicts down to a budget and none was given",)),
-        (("demo", "--budget", "25%"), ("'25%'", "--recipe")),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(

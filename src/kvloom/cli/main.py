@@ -6,16 +6,17 @@ import dataclasses
 import difflib
 import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvloom.cli._console import console, one_line_errors
 from kvloom.core import registry
 from kvloom.core.policy import Policy
+from kvloom.evaluation.results import Protocol
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,39 +27,117 @@ app = typer.Typer(
 KINDS = ("scorer", "schedule", "allocator", "merger", "format")
 
 
-def console() -> Console:
-    """Standard output; wide enough for the tables when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+_TESTBED = Protocol(tokens=1024, prefill=512, needles=6)
+
+Recipes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe",
+        help="A recipe, or 'recipe @ budget'; repeatable. 'recompute(window=1020)' is the baseline "
+        "without a cache. The full cache always comes first.",
+    ),
+]
+Model = Annotated[str, typer.Option(help="A folder, a hub name, or 'testbed', the bundled model.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps; auto: an accelerator if there is one.")]
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Wrong input ends the program with its message and status 2, without a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+@app.command()
+def compare(
+    model: Model = "testbed",
+    text: Annotated[
+        str,
+        typer.Option(
+            help="'stdlib' (bundled), a file, folder or .jsonl(.xz), or a hub dataset "
+            "'owner/name[:config[:split]]'."
+        ),
+    ] = "stdlib",
+    recipe: Recipes = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'25%', '1024tok' or '512MiB'; repeatable, crossed with every recipe that evicts "
+            "and names no budget of its own."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=3, help="Length of the text.")] = _TESTBED.tokens,
+    prefill: Annotated[
+        int, typer.Option(min=1, help="Tokens of it that go in at once; the others one by one.")
+    ] = _TESTBED.prefill,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=0, help="Tokens per forward of the prefill; 0: one forward.")
+    ] = 0,
+    needles: Annotated[
+        int, typer.Option(min=0, help="Retrieval tasks per recipe; 0: none.")
+    ] = _TESTBED.needles,
+    needle_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of a retrieval task; default: --tokens.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for rows and figures; finished rows are used again.")
+    ] = Path("results/compare"),
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the retrieval tasks.")] = 0,
+    again: Annotated[bool, typer.Option(help="Measure even what was measured before.")] = False,
+) -> None:
+    """Compare recipes: quality, bytes and time, measured through the cache; tables and figures."""
+    with one_line_errors():
+        from kvloom.cli import compare as command  # here: transformers takes seconds to import
+
+        recipes, budgets = recipe or [], budget or []
+        if not recipes:
+            recipes, budgets = command.demo_recipes(), budgets or list(command.DEMO_BUDGETS)
+        length = (needle_tokens or tokens) if needles else 0
+        protocol = Protocol(
+            tokens, prefill, prefill_chunk, needles=needles, needle_tokens=length, seed=seed
+        )
+        command.run(
+            command.Options(
+                model, text, recipes, budgets, protocol, out, dtype, device, threads, again
+            )
+        )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Or a file that holds it.")] = None,
+    model: Model = "testbed",
+    recipe: Annotated[str, typer.Option(help="A recipe, e.g. 'h2o | int4'.")] = "none",
+    budget: Annotated[
+        str | None, typer.Option(help="Its budget: '25%', '1024tok' or '512MiB'.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt with a compressed cache, and show what the cache held."""
+    with one_line_errors():
+        from kvloom.cli import generate as command
+
+        options = command.Options(
+            model, prompt, prompt_file, recipe, budget, max_new_tokens, temperature, seed, dtype,
+            device,
+        )  # fmt: skip
+        command.run(options, console())
 
 
 @app.command()
 def demo(
-    recipe: Annotated[
-        str | None, typer.Option(help="A recipe to add to the table, e.g. 'h2o | int4'.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Its budget: '25%', '1024tok' or '512MiB'.")
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=64, max=16384, help="Prompt length.")] = 2000,
-    new_tokens: Annotated[int, typer.Option(min=2, max=1024, help="Tokens to generate.")] = 32,
+    out: Annotated[Path, typer.Option(help="Folder for rows and figures.")] = Path("results/demo"),
+    again: Annotated[bool, typer.Option(help="Measure even what was measured before.")] = False,
 ) -> None:
-    """Generate with a few compressed caches and show what each holds, in bytes. Runs offline."""
+    """A small comparison on the bundled model: about a minute, offline, ends with a figure."""
     with one_line_errors():
-        if budget is not None and recipe is None:
-            raise ValueError(f"--budget {budget!r} belongs to a --recipe, and none was given")
-        from kvloom.cli.demo import run  # here: transformers takes seconds to import
+        from kvloom.cli import compare as command
 
-        run(console(), prompt_tokens, new_tokens, [] if recipe is None else [(recipe, budget)])
+        options = command.demo_options(out)
+        options.again = again
+        command.run(options)
 
 
 @app.command("list")

@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvloom import testbed
 from kvloom.core.budget import Budget
 from kvloom.core.policy import Policy
 from kvloom.core.recipe import Recipe
@@ -23,6 +23,7 @@ from kvloom.evaluation.results import Protocol, Row
 from kvloom.hf import load
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TESTBED = "testbed"  # the bundled model
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def cells_of(recipes: Sequence[str], budgets: Sequence[str] = ()) -> list[Cell]:
     found = [Cell(Recipe())]
     general = [Budget.parse(b) for b in budgets]
     for text in recipes:
-        recipe, _, own = text.rpartition("@") if "@" in text else (text, "", "")
+        recipe, at, own = text.rpartition("@") if "@" in text else (text, "", "")
         subject = parse(recipe.strip())
-        if own:
+        if at:
             found.append(Cell(subject, Budget.parse(own.strip())))
         elif general and takes_budget(subject):
             found += [Cell(subject, budget) for budget in general]
@@ -137,7 +138,7 @@ class Bench:
             protocol=self.protocol,
             sources=[env.source_sha256, identity.foreign_sha256(policies)],
             versions=[env.python, env.torch, env.transformers],
-            machine=[env.platform, env.cpu, env.threads, env.device],
+            machine=[env.platform, env.cpu, env.cores, env.threads, env.device],
         )
 
     def measure(self, cell: Cell, progress: Progress) -> Row:
@@ -175,26 +176,38 @@ class Bench:
 NEEDLE_STEPS = 16  # a task's weight in a progress bar, in tokens
 
 
-def prepare(
-    source: str | Path, text: str, protocol: Protocol, dtype: str = "bfloat16", device: str = "cpu"
-) -> Bench:
-    """Load model, text and tasks. Raises ValueError on anything that cannot be measured."""
+def load_model(source: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """`(model, tokenizer)` by folder, hub name or `"testbed"`. Raises ValueError."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
-    try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used: {reason}") from None
-    measure.check(Recipe(), protocol)
     load.quiet()
-    model, tokenizer = load.pretrained(source, DTYPES[dtype], where)
+    folder = testbed.path() if source == TESTBED else source
+    return load.pretrained(folder, DTYPES[dtype], resolve_device(device))
+
+
+def resolve_device(name: str) -> torch.device:
+    """A device that works; `"auto"`: an accelerator if there is one. Raises ValueError."""
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    return device
+
+
+def prepare(source: str, text: str, protocol: Protocol, dtype: str, device: str) -> Bench:
+    """Load model, text and tasks. Raises ValueError on anything that cannot be measured."""
+    measure.check(Recipe(), protocol)
+    model, tokenizer = load_model(source, dtype, device)
     document = texts.load(text, tokenizer, protocol.tokens)
     tasks = needles.prepare(
         document.raw, tokenizer, protocol.needles, protocol.needle_tokens, protocol.seed
     )
-    return Bench(model, tokenizer, str(source), document, tasks, protocol)
+    return Bench(model, tokenizer, source, document, tasks, protocol)
 
 
 def run(bench: Bench, cells: Sequence[Cell], ledger: Ledger, progress: Progress) -> list[Row]:

@@ -131,14 +131,21 @@ def parse(text: str) -> Subject:
     if not text.strip().startswith("recompute"):
         return Recipe.parse(text)
     try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "recompute":
-            raise TypeError
-        return Recompute(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+        return Recompute(**_literal_arguments(text))
     except (SyntaxError, TypeError):
         raise ValueError(
             f"recipe {text!r}: write recompute(window=1020) or recompute(window=1020, positions=500)"
         ) from None
+
+
+def _literal_arguments(text: str) -> dict[str, Any]:
+    """The keywords of a call of `recompute`. Raises SyntaxError or TypeError if it is none."""
+    call = ast.parse(text.strip(), mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "recompute":
+        raise TypeError
+    if not all(isinstance(k.value, ast.Constant) for k in call.keywords):
+        raise TypeError
+    return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
 
 
 def decoder_for(model: Any, subject: Subject, budget: Budget | None) -> Decoder:

@@ -104,6 +104,7 @@ def environment(device: torch.device) -> Environment:
         transformers=_version("transformers"),
         platform=f"{platform.system()} {platform.machine()}",
         cpu=_cpu(),
+        cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         device=_device(device),
     )
@@ -141,8 +142,7 @@ def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _device(device: torch.device) -> str:

@@ -7,16 +7,17 @@ every token but the first is scored once:
     NLL_i = -log softmax(logits after t_0 .. t_{i-1})[t_i]      perplexity = exp(mean NLL)
     KL_i  = sum_v p_dense(v) (log p_dense(v) - log p(v))
 
-Beside it a full cache reads the same tokens a block ahead, so that only one block's logits are ever
-held. Of each block it reads the last tokens one by one and is timed there: its times are taken in
-turns with the other's, at the same lengths.
+Beside it a full cache reads the same tokens, block by block, so that only one block's logits are ever
+held. Of each block it reads the first tokens at once; the others one by one, in turns with the cache
+that is measured, which gives times of both at the same lengths and under the same load.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -35,8 +36,8 @@ from kvloom.evaluation.decoders import (
 )
 from kvloom.evaluation.results import Bytes, Counts, Protocol, Quality, Series, Timing
 
-BLOCK = 64  # tokens between two turns of the full cache
-TIMED = 16  # of them, fed one by one to the full cache and timed
+BLOCK = 64  # tokens
+TURNS = 4  # tokens fed to the measured cache for each that is fed alone to the full one
 BINS = 200  # of a series
 TIMED_WINDOWS = 100  # tokens that `recompute` is timed on when it is not scored
 _WARM_STEPS = 4
@@ -84,12 +85,21 @@ class _Steps:
     entries: list[float] = field(default_factory=list)
     dense_seen: list[int] = field(default_factory=list)
     dense_seconds: list[list[float]] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
 
     def note(self, seen: int, decoder: Decoder) -> None:
         self.seen.append(seen)
         self.seconds.append(decoder.seconds)
         self.nbytes.append(decoder.nbytes())
         self.entries.append(decoder.entries())
+
+    def close(self, seen: int, dense_times: list[float], fed: int) -> None:
+        """A block ends in which `fed` tokens were noted."""
+        self.dense_seen.append(seen)
+        self.dense_seconds.append(dense_times)
+        if fed:
+            own = statistics.median(self.seconds[-fed:])
+            self.ratios.append(own / statistics.median(dense_times))
 
 
 def check(subject: Subject, protocol: Protocol) -> None:
@@ -119,7 +129,7 @@ def measure(
     advance: Advance,
 ) -> Measured:  # fmt: skip
     """Measure a subject on the document `ids [N]`; `advance` is told of tokens as they are read."""
-    ttft, dense_ttft = _time_prefill(model, ids, subject, budget, protocol)
+    ttft = _time_prefill(model, ids, subject, budget, protocol)
     peak = DevicePeak(model.device)  # type: ignore[attr-defined]
     dense, decoder = decoder_for(model, Recipe(), None), decoder_for(model, subject, budget)
     whole, decoded, steps = Scores(), Scores(), _Steps()
@@ -128,18 +138,16 @@ def measure(
     wanted = _wanted(subject, protocol)
     for start in range(protocol.prefill, len(ids) - 1, BLOCK):
         stop = min(start + BLOCK, len(ids) - 1)
-        dense_logits = _dense_block(dense, ids, start, stop, steps)
-        fed = list(_feed_singly(decoder, ids, start, stop, wanted, steps))
-        if fed and _is_scored(subject):
-            at = torch.tensor([i for i, _ in fed])
-            logits = torch.stack([x for _, x in fed])
-            decoded.add(dense_logits[at - start], logits, ids[at + 1])
+        turn = _block(dense, decoder, ids, start, stop, wanted, steps)
+        if turn.fed and _is_scored(subject):
+            at = torch.tensor(turn.fed)
+            decoded.add(turn.dense[at - start], torch.stack(turn.logits), ids[at + 1])
         peak.note()
         advance(stop - start)
     return Measured(
         bytes=_bytes(dense, decoder, budget, steps, peak),
         quality=_quality(whole, decoded),
-        timing=_timing(steps, ttft, dense_ttft),
+        timing=_timing(steps, *ttft),
         counts=final_bytes(decoder)[1],
         series=_series(steps),
     )
@@ -154,8 +162,8 @@ def _chunks(ids: Tensor, protocol: Protocol) -> tuple[Tensor, ...]:
 
 def _time_prefill(
     model: object, ids: Tensor, subject: Subject, budget: Budget | None, protocol: Protocol
-) -> tuple[float, float]:
-    """Median seconds of the subject's and of the full cache's prefill; the first of each is warm-up."""
+) -> tuple[list[float], list[float]]:
+    """Seconds of the subject's prefills and of the full cache's, after a warm-up of each."""
     sides: list[tuple[Subject, Budget | None]] = [(subject, budget), (Recipe(), None)]
     times: list[list[float]] = [[], []]
     for run in range(1 + protocol.prefill_runs):
@@ -170,7 +178,7 @@ def _time_prefill(
                 continue
             for token in ids[protocol.prefill :][:_WARM_STEPS].split(1):
                 decoder.feed(token)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return times[0], times[1]
 
 
 def _prefill(
@@ -208,31 +216,39 @@ def _is_scored(subject: Subject) -> bool:
     return not isinstance(subject, Recompute) or subject.positions > 0
 
 
-def _dense_block(dense: Decoder, ids: Tensor, start: int, stop: int, steps: _Steps) -> Tensor:
-    """Logits `[stop - start, V]` of the full cache: most tokens at once, the last ones timed."""
-    split = max(start, stop - TIMED)
-    parts = [dense.feed(ids[start:split], keep=split - start)] if split > start else []
-    times = []
-    for i in range(split, stop):
-        parts.append(dense.feed(ids[i : i + 1]))
-        times.append(dense.seconds)
-    steps.dense_seen.append(stop)
-    steps.dense_seconds.append(times)
-    return torch.cat(parts)
+@dataclass
+class _Block:
+    """What a block of tokens gave: logits of the full cache `[n, V]`; of the other `[V]` each, and
+    the indices of the tokens fed for them.
+    """
+
+    dense: Tensor
+    logits: list[Tensor]
+    fed: list[int]
 
 
-def _feed_singly(
-    decoder: Decoder, ids: Tensor, start: int, stop: int, wanted: set[int] | None, steps: _Steps
-) -> Iterator[tuple[int, Tensor]]:
-    """Feed tokens one by one; yields (index of the token fed, logits `[V]`)."""
+def _block(
+    dense: Decoder, decoder: Decoder, ids: Tensor, start: int, stop: int, wanted: set[int] | None,
+    steps: _Steps,
+) -> _Block:  # fmt: skip
+    """Feed tokens `start .. stop-1` to both sides, the measured one always singly."""
+    alone = stop - math.ceil((stop - start) / TURNS)  # from here, the full cache's turns
+    parts = [dense.feed(ids[start:alone], keep=alone - start)] if alone > start else []
+    logits, fed, dense_times = [], [], []
     for i in range(start, stop):
-        if wanted is not None and i not in wanted:
-            assert isinstance(decoder, WindowDecoder)
-            decoder.skip(ids[i : i + 1])
-            continue
-        logits = decoder.feed(ids[i : i + 1])
-        steps.note(i + 1, decoder)
-        yield i, logits[-1]
+        if (i - start) % TURNS == 0:
+            parts.append(dense.feed(ids[alone : alone + 1]))
+            dense_times.append(dense.seconds)
+            alone += 1
+        token = ids[i : i + 1]
+        if wanted is None or i in wanted:
+            logits.append(decoder.feed(token)[-1])
+            fed.append(i)
+            steps.note(i + 1, decoder)
+        elif isinstance(decoder, WindowDecoder):
+            decoder.skip(token)
+    steps.close(stop, dense_times, len(fed))
+    return _Block(torch.cat(parts), logits, fed)
 
 
 # -- figures -------------------------------------------------------------------------------------
@@ -271,20 +287,23 @@ def _quality(whole: Scores, decoded: Scores) -> Quality:
     )
 
 
-def _timing(steps: _Steps, ttft: float, dense_ttft: float) -> Timing:
+def _timing(steps: _Steps, ttft: list[float], dense_ttft: list[float]) -> Timing:
     total = math.fsum(steps.seconds)
     dense = [t for block in steps.dense_seconds for t in block]
     return Timing(
-        ttft=ttft,
+        ttft=statistics.median(ttft),
         tpot=statistics.median(steps.seconds),
         tpot_p95=percentile(steps.seconds, 0.95),
         tpot_worst=max(steps.seconds),
         decode=total,
         steps=len(steps.seconds),
         throughput=len(steps.seconds) / total,
-        dense_ttft=dense_ttft,
+        dense_ttft=statistics.median(dense_ttft),
         dense_tpot=statistics.median(dense),
         dense_steps=len(dense),
+        ttft_ratio=statistics.median(a / b for a, b in zip(ttft, dense_ttft, strict=True)),
+        tpot_ratio=statistics.median(steps.ratios),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     )
 
 

@@ -48,8 +48,12 @@ def prepare(filler: str, tokenizer: Any, count: int, length: int, seed: int) -> 
         context, question = encode(task.context, special=True), encode(task.question)
         new = len(encode(" " + task.answer)) + SPARE
         needles.append(Needle(task, torch.tensor(context), torch.tensor(question), new))
-    if needles and max(len(n.context) for n in needles) < length // 2:
-        raise ValueError(f"needle tasks of {length} tokens: the text is too short to fill them")
+    shortest = min((len(n.context) + len(n.question) for n in needles), default=length)
+    if shortest < 0.9 * length:
+        raise ValueError(
+            f"the text is too short for needle tasks of {length} tokens (one has {shortest}): use a "
+            "longer text, shorter tasks or none"
+        )
     return needles
 
 

@@ -100,6 +100,7 @@ class Environment:
     transformers: str
     platform: str
     cpu: str
+    cores: int
     threads: int
     device: str
 
@@ -185,6 +186,10 @@ class Timing:
         decode: sum over all `steps` such forwards; throughput: tokens per second of it.
         dense_ttft, dense_tpot: medians of a full cache, measured in turns with this one;
             `dense_steps` forwards, at the same positions.
+        ttft_ratio, tpot_ratio: this one's time / the full cache's, taken turn by turn (prefill by
+            prefill, block by block of tokens); medians, so that a drift of the machine's speed does
+            not matter. load: processes that wanted to run, mean over the last minute, at the end;
+            None where the system does not tell.
     """
 
     ttft: float
@@ -197,6 +202,9 @@ class Timing:
     dense_ttft: float
     dense_tpot: float
     dense_steps: int
+    ttft_ratio: float
+    tpot_ratio: float
+    load: float | None
 
 
 @dataclass(frozen=True)

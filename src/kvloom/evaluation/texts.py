@@ -18,6 +18,7 @@ from kvloom.evaluation.identity import tokens_sha256
 from kvloom.testbed import texts
 
 BUNDLED: dict[str, Callable[[], Iterable[str]]] = {"stdlib": texts.held_out_texts}
+FILLER = 24  # characters of raw text per token asked for
 _LOCAL_SUFFIXES = (*sorted(texts.SUFFIXES), ".jsonl", ".xz")
 
 
@@ -26,8 +27,8 @@ class Document:
     """The first tokens of a text.
 
     Attributes:
-        name: as given. ids: int64 `[N]` on the CPU. raw: the text that gave them and what followed
-            up to the end of that document, as filler for retrieval tasks.
+        name: as given. ids: int64 `[N]` on the CPU. raw: the text that gave them and what follows,
+            as filler for retrieval tasks.
     """
 
     name: str
@@ -48,9 +49,10 @@ def load(name: str, tokenizer: Any, tokens: int) -> Document:
     ids: list[int] = []
     read: list[str] = []
     for text in documents(name):
-        ids += tokenizer(text, add_special_tokens=not ids, verbose=False)["input_ids"]
+        if len(ids) < tokens:
+            ids += tokenizer(text, add_special_tokens=not ids, verbose=False)["input_ids"]
         read.append(text)
-        if len(ids) >= tokens:
+        if len(ids) >= tokens and sum(map(len, read)) >= FILLER * tokens:
             break
     if not any(text.strip() for text in read):
         raise ValueError(f"text {name!r} is empty: there is nothing to predict")

@@ -9,14 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
@@ -90,48 +83,3 @@ def generate(
         **(sampling or {"do_sample": False}),
     )
     return out[0, prompt.shape[1] :]
-
-
-def random_llama(dtype: torch.dtype) -> Any:
-    """A small Llama without training (seed it before): right for bytes, meaningless for quality."""
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=20480,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()  # type: ignore[arg-type]
-
-
-class _Follow(LogitsProcessor):
-    """Makes generate follow given tokens, and counts how often it would have chosen the same."""
-
-    def __init__(self, tokens: Tensor):
-        self.tokens, self.step, self.same = tokens.tolist(), 0, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self.tokens[self.step]
-        self.step += 1
-        self.same += int(scores[0].argmax()) == token
-        index = torch.tensor([token], device=scores.device)
-        return torch.full_like(scores, float("-inf")).index_fill_(1, index, 0.0)
-
-
-def greedy(
-    model: Any, prompt: Tensor, cache: Any, new_tokens: int, follow: Tensor | None = None
-) -> tuple[Tensor, float]:
-    """Greedy tokens `[N]` after `prompt [1, T]`, and the share of `follow` that ranks first.
-
-    With `follow [N]` the tokens are dictated and only compared with what would have been chosen.
-    """
-    processor = None if follow is None else _Follow(follow)
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        do_sample=False,
-        min_new_tokens=new_tokens if follow is None else None,
-        max_new_tokens=new_tokens,
-        logits_processor=LogitsProcessorList([] if processor is None else [processor]),
-    )
-    tokens = out[0, prompt.shape[1] :]
-    return tokens, 1.0 if processor is None else processor.same / len(tokens)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from kvloom.evaluation import equal, figures, table
+from kvloom.evaluation.results import Row, Subject
+from tests.evaluation.conftest import ROW, changed
+
+
+def one(recipe: str, budget: str | None = None, mean: float = 900.0, **parts: object) -> Row:
+    subject = Subject(recipe, recipe, budget, recipe.startswith("recompute"))
+    return changed(ROW, **{"subject": subject, **parts, "bytes": {"mean": mean}})
+
+
+# -- equal bytes ---------------------------------------------------------------------------------
+
+
+def test_equal_bytes_are_said_and_unequal_ones_named() -> None:
+    rows = [one("none"), one("a", "25%", 1000.0), one("b", "25%", 981.0)]
+    assert equal.remarks(rows) == ["25%: equal bytes, within 2%."]
+    rows += [one("c", "25%", 900.0), one("d", "50%", 100.0)]
+    (said,) = equal.remarks(rows)
+    assert said.startswith("25%: NOT equal bytes") and "c -10%" in said and "whole pages" in said
+    assert "b -" not in said and "a -" not in said
+
+
+def test_entries_are_not_bytes() -> None:
+    (said,) = equal.remarks([one("a", "64tok", 1000.0), one("a | int4", "64tok", 300.0)])
+    assert "entries are equal" in said and "a | int4 -70%" in said
+
+
+def test_above_the_budget_is_said() -> None:
+    rows = [changed(one("a", "10%", 900.0), bytes={"allowed": 800.0})]
+    assert equal.budget_use(rows[0]) == pytest.approx(1.125)
+    assert equal.remarks(rows) == ["Above their budget, since their floor is higher: a."]
+
+
+def test_groups_keep_the_order_and_put_the_unbudgeted_first() -> None:
+    rows = [one("a", "50%"), one("none"), one("b", "25%"), one("c", "50%")]
+    named = {b: [r.subject.recipe for r in g] for b, g in equal.groups(rows).items()}
+    assert list(named.items()) == [(None, ["none"]), ("50%", ["a", "c"]), ("25%", ["b"])]
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def shown(rows: list[Row]) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=130)
+    for part in (table.quality_table(rows), table.time_table(rows), *table.notes(rows)):
+        console.print(part, markup=False)
+    return out.getvalue()
+
+
+def test_quality_stands_beside_bytes() -> None:
+    rows = [
+        one("none"),
+        one("h2o", "25%", 2048.0, quality={"kl": None, "decode_perplexity": 9.9996}),
+    ]
+    lines = {line.split()[1]: line.split() for line in shown(rows).splitlines() if "h2o" in line}
+    first = next(line.split() for line in shown(rows).splitlines() if line.startswith(" 25%"))
+    assert first[:2] == ["25%", "h2o"] and first[2] == "2.0" and "n/a" in first
+    assert "+0.0%" in first and "-0.0%" not in first and "1/2" in first
+    assert lines
+
+
+def test_times_stand_beside_the_full_cache() -> None:
+    line = [x.split() for x in shown([one("none")]).splitlines() if x.split()[:1] == ["none"]][1]
+    assert line == [
+        "none",
+        "100.0",
+        "1.00x",
+        "2.00",
+        "2.00x",
+        "3.00",
+        "4.00",
+        "491",
+        "42",
+        "1",
+        "n/a",
+    ]
+
+
+def test_a_busy_machine_is_said() -> None:
+    assert "busy" not in shown([one("none")])
+    assert "load up to 5.0 on 2 cores" in shown([one("none", timing={"load": 5.0})])
+
+
+def test_large_caches_are_shown_in_larger_units() -> None:
+    row = changed(one("none"), bytes={"peak": 50 * 2**20, "mean": 2.0**20})
+    assert "MiB" in shown([row])
+    row = changed(row, bytes={"peak": 50 * 2**30})
+    assert "GiB" in shown([row])
+
+
+# -- figures -------------------------------------------------------------------------------------
+
+
+def lines(figure: Figure, panel: int) -> dict[str, tuple[list[float], list[float]]]:
+    return {
+        str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in figure.axes[panel].lines
+        if not str(line.get_label()).startswith("_")
+    }
+
+
+ROWS = [
+    one("none", mean=4096.0),
+    one("h2o", "25%", 1024.0, quality={"decode_perplexity": 13.0, "kl": 0.3}),
+    one("h2o", "50%", 2048.0, quality={"decode_perplexity": 12.0, "kl": 0.2}),
+    one("int4 [x]", "50%", 2048.0, quality={"needles_right": 2}),
+    one("recompute(window=9, positions=5)", None, 0.0),
+]
+
+
+def test_quality_is_drawn_from_the_rows() -> None:
+    figure = figures.quality(ROWS)
+    assert lines(figure, 0)["h2o"] == ([1.0, 2.0], [13.0, 12.0])
+    assert lines(figure, 1)["h2o"] == ([1.0, 2.0], [0.3, 0.2])
+    assert "recompute(window=9, positions=5)" in lines(figure, 0)
+    assert "bytes" in figure.axes[0].get_xlabel() and "perplexity" in figure.axes[0].get_ylabel()
+
+
+def test_recall_is_drawn_where_it_was_measured() -> None:
+    with_needles = [changed(r, protocol={"needles": 2}) for r in ROWS]
+    figure = figures.quality(with_needles)
+    assert lines(figure, 2)["int4 [x]"] == ([2.0], [1.0])
+    assert lines(figure, 2)["h2o"][1] == [0.5, 0.5]
+
+
+def test_the_ratio_axis_is_dense_over_real_bytes() -> None:
+    figure = figures.quality(ROWS)
+    top = next(a for a in figure.axes if "ratio" in a.get_xlabel())
+    ticks = dict(zip([t.get_text() for t in top.get_xticklabels()], top.get_xticks(), strict=True))
+    dense = ROWS[0].bytes.dense_mean / 1024
+    assert ticks and all(x == pytest.approx(dense / float(t[:-1])) for t, x in ticks.items())
+
+
+def test_the_document_is_drawn_at_one_budget() -> None:
+    figure = figures.over_document(ROWS)
+    drawn = lines(figure, 0)
+    assert set(drawn) == {
+        "none (full cache)",
+        "recompute(window=9, positions=5)",
+        "h2o",
+        "int4 [x]",
+    }
+    assert drawn["h2o"] == ([41, 42], [41.0, 42.0])
+    assert lines(figure, 1)["h2o"] == ([41, 42], [900 / 1024, 1000 / 1024])
+    assert lines(figure, 2)["h2o"] == ([41, 42], [2.0, 2.0])
+    assert "50%" in figure.get_suptitle()
+
+
+def test_figures_are_png_files(tmp_path: Path) -> None:
+    none_measured = [changed(r, quality={"kl": None, "decode_perplexity": None}) for r in ROWS]
+    for rows in (ROWS, ROWS[:1], none_measured):
+        for path in figures.draw(rows, tmp_path):
+            assert path.read_bytes().startswith(b"\x89PNG") and path.parent == tmp_path
+
+
+def test_many_long_recipes_stay_readable() -> None:
+    rows = [one(f"h2o(recent=0.{i}, sinks={'4' * 50})", "25%") for i in range(12)]
+    drawn = lines(figures.over_document(rows), 0)
+    assert len(drawn) <= figures.LINES and all(len(name) <= 48 for name in drawn)
