@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,7 +12,7 @@ from kvloom import CompressedCache
 from kvloom.core.store import LayerStore
 from kvloom.core.view import entries_of
 from tests.contract.modes import beams, sequences
-from tests.models import build, generate, tokens
+from tests.models import build, generate, left_padded, tokens
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,39 @@ def test_slack_and_parts_add_up():
         f" {part} " in cache.__str__() for part in ("pages", "tail", "sinks", "centroids", "total")
     )
     assert 4 < stats.avg_key_bits < 32
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_budget_in_bytes_counts_sliding_layers(family):
+    """The whole cache stays within the bytes asked for, windows included, at every step."""
+    model = build(family)
+    floor = CompressedCache(model, "h2o", "90tok").floor()
+    for amount in (2 * floor, 2 * floor + 30_000):
+        cache = CompressedCache(model, "h2o", amount)
+        ids, mask = left_padded([200, 150])
+        at = (mask.cumsum(-1) - 1).clamp_min(0)
+        edges = [0, 100, 190, *range(191, 201)]
+        for a, b in pairwise(edges):
+            model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=at[:, a:b],
+                  past_key_values=cache)  # fmt: skip
+            assert cache.nbytes <= amount
+    assert cache.stats().by_part["other layers"] > 0
+    with pytest.raises(ValueError, match="below the floor"):
+        CompressedCache(model, "h2o", floor - 1)
+
+
+@pytest.mark.parametrize("fmt", ["dense", "int4"])
+def test_a_share_is_kept_in_a_batch_of_unequal_rows(fmt):
+    """A share of what a dense cache holds for the batch; it holds padding too, and so the room that
+    short rows reserve for the longest one is within it."""
+    model, share = build("llama"), 0.3
+    ids, mask = left_padded([900, 40, 40, 300])
+    at = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache = CompressedCache(model, f"h2o | {fmt}", f"{share:.0%}")
+    edges = [0, 500, 880, *range(881, 901)]
+    for a, b in pairwise(edges):
+        model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=at[:, a:b],
+              past_key_values=cache)  # fmt: skip
+        dense = ids.shape[0] * b * cache.layers[0].store.plan.cost.dense_slot * 3 * 2
+        if b >= 500:  # below, a share is less than the floor
+            assert cache.nbytes <= share * dense, (b, cache.nbytes / dense)

@@ -8,6 +8,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+from kvloom.positions.rope import RopeSpec
+
 
 @dataclass
 class Entries:
@@ -25,6 +27,7 @@ class Entries:
         scale, softcap: of the attention logits, as the model last used them.
         output_weight: `[H, G, E, hidden]`, the part of the output projection that reads each query
             head, if the recipe needs it.
+        rope: the layer's rotation, if the recipe needs anything before rotation.
     """
 
     valid: Tensor
@@ -39,6 +42,7 @@ class Entries:
     scale: float = 1.0
     softcap: float | None = None
     output_weight: Tensor | None = None
+    rope: RopeSpec | None = None
 
     @cached_property
     def keys(self) -> Tensor:

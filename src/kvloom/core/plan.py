@@ -30,6 +30,7 @@ class LayerPlan:
         heads: KV heads; key_dim, value_dim: their widths; dtype: the model's.
         rope: the layer's rotation, if the recipe needs it.
         group: query heads per KV head.
+        other_elements: numbers of this dtype that layers which are not compressed hold per row.
         output_weight: `[H, G, E, hidden]`, see `Entries`; the model's own storage, not a copy.
         track_positions: keep original positions even if no policy asks for them.
     """
@@ -46,6 +47,7 @@ class LayerPlan:
     rope: RopeSpec | None = None
     track_positions: bool = False
     group: int = 1
+    other_elements: int = 0
     output_weight: Tensor | None = None
 
     def __deepcopy__(self, memo: object) -> LayerPlan:
@@ -198,7 +200,8 @@ class LayerPlan:
         if self.budget.kind == "tokens":
             return self._scaled(int(self.budget.amount), shares).expand(len(seen), -1)
         if self.budget.kind == "bytes":
-            return self._affordable(self.budget.amount / len(seen)).expand(len(seen), -1)
+            row = self.budget.amount / len(seen) - self.other_nbytes
+            return self._affordable(row).expand(len(seen), -1)
         dense = self.cost.dense_slot * self.layers * self.heads
         rows = [self._affordable(self.budget.amount * dense * n) for n in seen.tolist()]
         return torch.stack(rows)
@@ -218,7 +221,13 @@ class LayerPlan:
 
     def floor(self) -> int:
         """The least bytes of the whole cache for one row: `least` entries in every head."""
-        return self.layers * self.ceiling(torch.full((1, self.heads), self.least))
+        least = self.layers * self.ceiling(torch.full((1, self.heads), self.least))
+        return least + self.other_nbytes
+
+    @property
+    def other_nbytes(self) -> int:
+        """Bytes per row of the layers that are not compressed, once their windows are full."""
+        return self.other_elements * self.dtype.itemsize
 
     def check(self) -> None:
         """Raise ValueError if recipe and budget do not fit each other."""

@@ -47,6 +47,7 @@ def entries_of(
         tiled=0 if plan.format.movable else valid.shape[2] - n,
         memory=store.memory,
         output_weight=plan.output_weight,
+        rope=plan.rope,
     )
     if call is not None:
         entries.scale, entries.softcap = call.scale, call.softcap

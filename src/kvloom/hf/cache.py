@@ -9,7 +9,6 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
-    get_layer_types_and_kwargs,
 )
 
 from kvloom.core.budget import Budget
@@ -20,6 +19,7 @@ from kvloom.hf.attention import Handle, announce
 from kvloom.hf.context import Context, Host
 from kvloom.hf.layer import CompressedLayer
 from kvloom.hf.model import attach, check_dense, plan_for
+from kvloom.hf.sliding import layer_kinds, release, sliding_elements
 from kvloom.hf.stats import CacheStats, collect_stats, unique_nbytes
 
 
@@ -61,13 +61,12 @@ class CompressedCache(Cache):
         source: Any = model.config if is_model else model
         config = source.get_text_config(decoder=True)
         host = Host(model if is_model else None, config)
-        kinds, kwargs = get_layer_types_and_kwargs(config)
-        if isinstance(kwargs, dict):  # before transformers 5.20: one dict for all layers
-            kwargs = [kwargs] * len(kinds)
+        kinds, kwargs = layer_kinds(config)
         compressed = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
         self.context = Context(
             host, self.recipe, self.budget, len(compressed), track_positions=track_positions
         )
+        self.context.other_elements = sliding_elements(config)
         plan_for(config, self.recipe, self.budget, len(compressed))
         if is_model:
             self.context.dense = attach(model, config, self.recipe, attention)
@@ -99,6 +98,8 @@ class CompressedCache(Cache):
         except Exception:
             self.roll_back()
             raise
+        if not isinstance(self.layers[layer_idx], CompressedLayer):
+            release(self.layers[layer_idx])
         if layer_idx == self.context.last and not isinstance(result[0], Handle):
             self.context.end_forward()
         return result

@@ -60,6 +60,7 @@ class Context:
             user's 4D mask from ours.
         position_ids: of this forward, where the decoder hook captured them (dense mode).
         opened_at: length at which the forward on its way began; None between forwards.
+        other_elements: numbers that layers which are not compressed hold per row, at most.
         last: index of the model's last layer, whose commit ends a forward.
     """
 
@@ -75,6 +76,7 @@ class Context:
     position_ids: Tensor | None = None
     opened_at: int | None = None
     last: int = 0
+    other_elements: int = 0
     bad: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def end_forward(self) -> None:

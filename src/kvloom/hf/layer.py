@@ -59,6 +59,7 @@ class CompressedLayer(CacheLayerMixin):
             H, D, E, keys.dtype,
             track_positions=context.track_positions,
             group=max(1, context.host.config.num_attention_heads // H),
+            other_elements=context.other_elements,
         )  # fmt: skip
         plan.check_rows(keys.shape[0])
         weighs = "output_weight" in recipe.needs

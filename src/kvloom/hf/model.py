@@ -15,6 +15,7 @@ from kvloom.formats.dense import Dense
 from kvloom.hf import attention
 from kvloom.hf.families import cache_refusal, handle_refusal
 from kvloom.hf.rope import decoder_of
+from kvloom.hf.sliding import kv_shape, sliding_elements
 
 _HOOKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _DENSE_NEEDS = frozenset({"keys", "values", "positions"})
@@ -61,15 +62,15 @@ def check_dense(recipe: Recipe, reason: str) -> None:
 
 def plan_for(config: Any, recipe: Recipe, budget: Budget | None, layers: int) -> LayerPlan:
     """A plan from the config alone, checked: errors come before the first token."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, width = kv_shape(config)
     dtype = getattr(config, "dtype", None)
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
     fmt = recipe.format or Dense()
     group = max(1, config.num_attention_heads // heads)
     plan = LayerPlan(
-        recipe, budget, fmt, 0, max(1, layers), heads, width, width, dtype, group=group
-    )
+        recipe, budget, fmt, 0, max(1, layers), heads, width, width, dtype, group=group,
+        other_elements=sliding_elements(config),
+    )  # fmt: skip
     plan.layout  # noqa: B018  (raises if a width cannot be stored)
     plan.check()
     return plan
