@@ -184,3 +184,12 @@ def test_bad_specs_are_refused():
 def test_copies_of_a_cache_share_the_spec():
     spec = spec_of(8)
     assert copy.deepcopy(spec) is spec
+
+
+@SETTINGS
+@given(calls(), st.sampled_from([1, 2, 33]))
+def test_average_is_the_mean_of_rotations(call, count):
+    spec, x, positions = call
+    want = sum(turned(spec, x, positions + i, spec.scale) for i in range(count)) / count
+    limit = bound(spec, x, positions + count, max(1.0, spec.scale))
+    close(spec.average(x, positions, count), want, limit)

@@ -52,6 +52,12 @@ class RopeSpec:
         """Move an already rotated `x [..., T, D]` by `by [..., T]` positions, without scaling; fp32."""
         return self._turn(x, by, 1.0)
 
+    def average(self, x: Tensor, positions: Tensor, count: int) -> Tensor:
+        """Mean of `rotate` over `positions`, `positions + 1`, .. (`count` of them); linear in x; fp32."""
+        steps = torch.arange(count, device=positions.device)
+        angle = self._angle(positions[..., None] + steps, x.device)
+        return self._apply(x, angle.cos().mean(-2), angle.sin().mean(-2)) * self._gain(x)
+
     def _gain(self, x: Tensor) -> Tensor | float:
         if self.scale == 1.0:
             return 1.0
@@ -59,11 +65,17 @@ class RopeSpec:
         gain[: self.n_rot] = self.scale
         return gain
 
+    def _angle(self, positions: Tensor, device: torch.device) -> Tensor:
+        freq = self.inv_freq.to(device=device, dtype=torch.float32)
+        return positions.to(torch.float32)[..., None] * freq
+
     def _turn(self, x: Tensor, positions: Tensor, sign: float) -> Tensor:
+        angle = self._angle(positions, x.device)
+        return self._apply(x, angle.cos(), angle.sin() * sign)
+
+    def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Each pair of channels times the complex number `cos + i sin`."""
         x = x.float()
-        freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
-        angle = positions.to(torch.float32)[..., None] * freq
-        cos, sin = angle.cos(), angle.sin() * sign
         turned, rest = x[..., : self.n_rot], x[..., self.n_rot :]
         if self.pairing == "half":
             a, b = turned.chunk(2, dim=-1)
