@@ -169,6 +169,7 @@ class ShadowLayer(CacheLayerMixin):
             layers=self.cache.compressed,
             memory=self.memory,
             output_weight=weight,
+            rope=self.rope if "pre_rope_queries" in scorer.needs else None,
             **logits,
         )
         return scorer.score(entries).float()
