@@ -15,7 +15,7 @@ test test-all test-oldest: export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-all test-oldest lint types format clean
+.PHONY: help demo test test-all test-oldest peers lint types format clean
 
 help:
 	@echo 'make demo         compares a few recipes on the bundled model (a minute), ends with a figure'
@@ -23,6 +23,7 @@ help:
 	@echo 'make test-all     the full product of families, modes, policies and formats (half an'
 	@echo '                  hour on 2 cores); SHARD=i/n runs part i of n, on as many machines'
 	@echo 'make test-oldest  a part of the tests on the oldest supported transformers'
+	@echo 'make peers        kvloom beside kvpress: kept entries, bytes, time per token'
 	@echo 'make lint types   ruff, mypy; `make format` applies what ruff can'
 	@echo 'make clean        remove the environments and caches'
 
@@ -34,6 +35,9 @@ test: $(READY)
 
 test-all: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m "full or not full" --shard $(SHARD) $(ARGS)
+
+peers: $(READY) .venv-peers/.ready
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/peers/run.py --python .venv-peers/bin/python $(ARGS)
 
 test-oldest: .venv-oldest/.ready
 	@HF_HUB_OFFLINE=1 $(OLDEST)/python $(PYTEST) -m "oldest and not full" $(ARGS)
@@ -65,6 +69,13 @@ $(READY): pyproject.toml constraints.txt
 	$(OLDEST)/python -m pip install -q -c .venv-oldest/constraints.txt -e '.[dev]'
 	@touch $@
 
+# kvpress needs transformers below 5.3.
+.venv-peers/.ready:
+	@echo 'Setting up .venv-peers (once)'
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q torch==2.13.0 kvpress==0.5.5
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-oldest .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find src tests training benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
