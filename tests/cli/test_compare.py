@@ -14,6 +14,7 @@ from kvloom.cli.main import app
 from kvloom.core import registry
 from kvloom.evaluation import compare
 from kvloom.evaluation.ledger import NAME
+from kvloom.evaluation.subjects import cells_of
 
 SMALL = ("--tokens", "90", "--prefill", "60", "--needles", "0", "--threads", "1")
 
@@ -40,9 +41,9 @@ def test_compare_measures_prints_and_draws(tmp_path: Path) -> None:
     again = kvloom(*args, "--out", str(tmp_path / "a"))
     assert "3 of 3 rows were measured before" in again.output
     assert len((tmp_path / "a" / NAME).read_text().splitlines()) == 3
-    anew = kvloom(*args, "--out", str(tmp_path / "a"), "--again")
-    assert "measured before" not in anew.output
-    assert len((tmp_path / "a" / NAME).read_text().splitlines()) == 6
+    none = ("compare", *SMALL, "--recipe", "none", "--out", str(tmp_path / "a"), "--again")
+    assert "measured before" not in kvloom(*none).output
+    assert len((tmp_path / "a" / NAME).read_text().splitlines()) == 4
 
 
 def test_ctrl_c_keeps_finished_rows_and_says_how_to_go_on(
@@ -66,7 +67,7 @@ def test_ctrl_c_keeps_finished_rows_and_says_how_to_go_on(
 
 def test_the_demo_uses_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = command.demo_recipes()
-    cells = compare.cells_of(recipes, command.DEMO_BUDGETS)
+    cells = cells_of(recipes, command.DEMO_BUDGETS)
     assert "int4" in recipes and any("|" in r for r in recipes)
     assert len(cells) == 2 + len(command.DEMO_BUDGETS) * (len(recipes) - 1)
     monkeypatch.setattr(registry, "policies", lambda kind=None: {"h2o": None})

@@ -29,6 +29,12 @@ def test_show_states_every_parameter_and_its_default(name: str) -> None:
         assert any(row[:1] == [f.name] and repr(f.default) in " ".join(row) for row in table)
 
 
+def test_the_baseline_is_listed_and_shown() -> None:
+    assert "recompute" in kvloom("list").output.split()
+    out = kvloom("show", "recompute").output
+    assert "window" in out and "positions" in out and "required" in out and "500" in out
+
+
 def test_show_writes_out_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._PRESETS, "test_preset", "h2o | int4")
     assert kvloom("show", "test_preset").output == "test_preset = h2o | int4\n"

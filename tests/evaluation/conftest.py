@@ -23,7 +23,7 @@ from kvloom.evaluation.results import (
 
 ROW = Row(
     key="k0", measured_at="2026-01-01T00:00:00+00:00", took=1.5,
-    model=Model("m", "h", "llama", 10, 2, 1, 4, "float32"),
+    model=Model("m", "h", "llama", 10, 2, 1, 4, 4096, "float32"),
     subject=Subject("none", "none", None, False),
     text=Text("stdlib", "t", 100),
     protocol=Protocol(tokens=100, prefill=40),

@@ -10,9 +10,9 @@ import torch
 from kvloom import testbed
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import compare, identity, needles
-from kvloom.evaluation.compare import Cell, Progress, cells_of, spell_out
-from kvloom.evaluation.decoders import Recompute, parse
+from kvloom.evaluation.compare import Progress
 from kvloom.evaluation.ledger import Ledger
+from kvloom.evaluation.subjects import Cell, Recompute, cells_of, parse, spell_out
 from kvloom.hf import load
 from tests.evaluation.tiny import ByteTokenizer, bench, perturbed
 from tests.models import build, tokens

@@ -10,9 +10,10 @@ from torch import Tensor
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import measure as module
-from kvloom.evaluation.decoders import CacheDecoder, Recompute, WindowDecoder, parse
+from kvloom.evaluation.decoders import CacheDecoder, WindowDecoder
 from kvloom.evaluation.measure import Measured, measure, percentile, perplexity
 from kvloom.evaluation.results import Protocol
+from kvloom.evaluation.subjects import Recompute, parse
 from tests.models import build, tokens
 
 N, P = 180, 70
@@ -122,9 +123,10 @@ def test_bytes_and_series_are_those_of_the_cache() -> None:
 
 
 def test_allowed_bytes_follow_the_budget() -> None:
-    assert run("h2o", "40tok").bytes.allowed is None
-    assert run("h2o", "200KiB").bytes.allowed == 200 * 1024
-    assert run("int4").bytes.allowed is None
+    short = {"tokens": 40, "prefill": 30}
+    assert run("h2o", "40tok", **short).bytes.allowed is None
+    assert run("h2o", "200KiB", **short).bytes.allowed == 200 * 1024
+    assert run("int4", **short).bytes.allowed is None
 
 
 def test_long_series_are_binned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,11 +62,9 @@ def test_quality_stands_beside_bytes() -> None:
         one("none"),
         one("h2o", "25%", 2048.0, quality={"kl": None, "decode_perplexity": 9.9996}),
     ]
-    lines = {line.split()[1]: line.split() for line in shown(rows).splitlines() if "h2o" in line}
     first = next(line.split() for line in shown(rows).splitlines() if line.startswith(" 25%"))
     assert first[:2] == ["25%", "h2o"] and first[2] == "2.0" and "n/a" in first
     assert "+0.0%" in first and "-0.0%" not in first and "1/2" in first
-    assert lines
 
 
 def test_times_stand_beside_the_full_cache() -> None:
@@ -89,6 +87,17 @@ def test_times_stand_beside_the_full_cache() -> None:
 def test_a_busy_machine_is_said() -> None:
     assert "busy" not in shown([one("none")])
     assert "load up to 5.0 on 2 cores" in shown([one("none", timing={"load": 5.0})])
+
+
+def test_the_baselines_perplexity_is_not_compared() -> None:
+    assert "on a sample" not in shown([one("none")])
+    said = shown([one("none"), one("recompute(window=9, positions=5)", None, 0.0)])
+    assert "on a sample" in said
+
+
+def test_a_text_beyond_the_models_positions_is_said() -> None:
+    assert "positions that" not in shown([one("none")])
+    assert "longer than the 50 positions" in shown([one("none", model={"positions": 50})])
 
 
 def test_large_caches_are_shown_in_larger_units() -> None:
@@ -120,7 +129,7 @@ ROWS = [
 
 def test_quality_is_drawn_from_the_rows() -> None:
     figure = figures.quality(ROWS)
-    assert lines(figure, 0)["h2o"] == ([1.0, 2.0], [13.0, 12.0])
+    assert lines(figure, 0)["h2o"] == ([1.0, 2.0], pytest.approx([0.3, 0.2]))
     assert lines(figure, 1)["h2o"] == ([1.0, 2.0], [0.3, 0.2])
     assert "recompute(window=9, positions=5)" in lines(figure, 0)
     assert "bytes" in figure.axes[0].get_xlabel() and "perplexity" in figure.axes[0].get_ylabel()

@@ -21,10 +21,11 @@ from kvloom.core import registry
 from kvloom.evaluation import compare, figures, table
 from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.results import Protocol
+from kvloom.evaluation.subjects import cells_of
 
 if TYPE_CHECKING:
-    from kvloom.evaluation.compare import Cell
     from kvloom.evaluation.results import Row
+    from kvloom.evaluation.subjects import Cell
 
 INTERRUPTED = 130
 # The demo takes what is there, in this order, so that it shows the best known methods.
@@ -70,7 +71,7 @@ def demo_options(out: Path) -> Options:
 
 def run(options: Options) -> None:
     """Measure, print, draw. Raises ValueError or OSError on wrong input, before any work."""
-    cells = compare.cells_of(options.recipes, options.budgets)
+    cells = cells_of(options.recipes, options.budgets)
     ledger = Ledger(options.out)
     threads = torch.get_num_threads()
     if options.threads is not None:

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from kvloom.cli._console import console, one_line_errors
 from kvloom.core import registry
-from kvloom.core.policy import Policy
 from kvloom.evaluation.results import Protocol
+from kvloom.evaluation.subjects import Recompute
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +27,7 @@ app = typer.Typer(
 KINDS = ("scorer", "schedule", "allocator", "merger", "format")
 
 
+BASELINES: dict[str, type[Any]] = {"recompute": Recompute}
 _TESTBED = Protocol(tokens=1024, prefill=512, needles=6)
 
 Recipes = Annotated[
@@ -151,6 +152,8 @@ def list_policies() -> None:
                 out.print(_table(kind, {n: _summary(c) for n, c in found.items()}))
         if registry.presets():
             out.print(_table("preset", registry.presets()))
+        summaries = {n: _summary(c) for n, c in BASELINES.items()}
+        out.print(_table("baseline, for `kvloom compare` only", summaries))
 
 
 @app.command()
@@ -161,17 +164,21 @@ def show(method: Annotated[str, typer.Argument(help="A method or a preset.")]) -
         if method in presets:
             out.print(f"{method} = {presets[method]}", markup=False)
             return
+        if method in BASELINES:
+            _show(out, BASELINES[method], f"{method}  (baseline, for `kvloom compare` only)")
+            return
         if method not in known:
-            names = [*known, *presets]
+            names = [*known, *presets, *BASELINES]
             close = difflib.get_close_matches(method, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "; see `kvloom list`"
             raise ValueError(f"unknown method {method!r}{hint}")
-        _show(out, known[method])
+        cls = known[method]
+        needs = f", needs {', '.join(sorted(cls.needs))}" if cls.needs else ""
+        _show(out, cls, f"{cls.name}  ({cls.kind}{needs})")
 
 
-def _show(out: Console, cls: type[Policy]) -> None:
-    needs = f", needs {', '.join(sorted(cls.needs))}" if cls.needs else ""
-    out.print(f"{cls.name}  ({cls.kind}{needs})\n", markup=False)
+def _show(out: Console, cls: type[Any], title: str) -> None:
+    out.print(f"{title}\n", markup=False)
     module = inspect.getdoc(sys.modules[cls.__module__])
     for text in (module, inspect.getdoc(cls)):
         if text:
@@ -190,7 +197,7 @@ def _default(f: dataclasses.Field[Any]) -> str:
     return "required" if f.default is dataclasses.MISSING else repr(f.default)
 
 
-def _summary(cls: type[Policy]) -> str:
+def _summary(cls: type[Any]) -> str:
     lines = (inspect.getdoc(cls) or "").splitlines()
     return lines[0] if lines else ""
 

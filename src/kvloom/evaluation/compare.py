@@ -1,4 +1,4 @@
-"""Cells to rows: which recipes at which budgets, what was measured before, and what is left."""
+"""Cells to rows: what was measured before, what is left, and what all of them share."""
 
 from __future__ import annotations
 
@@ -12,81 +12,16 @@ from typing import Any
 import torch
 
 from kvloom import testbed
-from kvloom.core.budget import Budget
-from kvloom.core.policy import Policy
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import identity, measure, needles, texts
-from kvloom.evaluation import results as schema
-from kvloom.evaluation.decoders import Recompute, Subject, decoder_for, parse
+from kvloom.evaluation.decoders import decoder_for
 from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.results import Protocol, Row
+from kvloom.evaluation.subjects import Cell, Recompute
 from kvloom.hf import load
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TESTBED = "testbed"  # the bundled model
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One thing to measure: a recipe, or the baseline, at a budget."""
-
-    subject: Subject
-    budget: Budget | None = None
-
-    @property
-    def facts(self) -> schema.Subject:
-        """As it stands in a row."""
-        return schema.Subject(
-            recipe=str(self.subject),
-            full=spell_out(self.subject),
-            budget=None if self.budget is None else str(self.budget),
-            baseline=isinstance(self.subject, Recompute),
-        )
-
-    def __str__(self) -> str:
-        return f"{self.subject}" + (f" @ {self.budget}" if self.budget else "")
-
-
-def spell_out(subject: Subject) -> str:
-    """The text with every parameter, defaults and the default schedule included."""
-    if isinstance(subject, Recompute):
-        return str(subject)
-    chain = [*subject.policies]
-    if subject.evicts and subject.schedule not in chain:
-        chain.append(subject.schedule)
-    return " | ".join(_spell_policy(p) for p in chain) or "none"
-
-
-def _spell_policy(policy: Policy) -> str:
-    given = [f"{f.name}={getattr(policy, f.name)!r}" for f in dataclasses.fields(policy)]
-    return policy.name + (f"({', '.join(given)})" if given else "")
-
-
-def cells_of(recipes: Sequence[str], budgets: Sequence[str] = ()) -> list[Cell]:
-    """The cells of a comparison, the full cache first, none twice.
-
-    `"recipe @ budget"` stands for itself; a recipe that evicts and does not state its own size is
-    crossed with `budgets`. Raises ValueError on an unknown method or parameter, or a bad budget.
-    """
-    found = [Cell(Recipe())]
-    general = [Budget.parse(b) for b in budgets]
-    for text in recipes:
-        recipe, at, own = text.rpartition("@") if "@" in text else (text, "", "")
-        subject = parse(recipe.strip())
-        if at:
-            found.append(Cell(subject, Budget.parse(own.strip())))
-        elif general and takes_budget(subject):
-            found += [Cell(subject, budget) for budget in general]
-        else:
-            found.append(Cell(subject))
-    return list(dict.fromkeys(found))
-
-
-def takes_budget(subject: Subject) -> bool:
-    """Whether a subject evicts and leaves its size to a budget."""
-    if isinstance(subject, Recompute) or subject.scorer is None:
-        return False
-    return subject.evicts and subject.scorer.capacity is None
 
 
 class Progress:

@@ -6,17 +6,15 @@ device.
 
 from __future__ import annotations
 
-import ast
 import time
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kvloom.core.budget import Budget
-from kvloom.core.recipe import Recipe
 from kvloom.evaluation.results import Counts
+from kvloom.evaluation.subjects import Recompute, Subject
 from kvloom.hf import load
 from kvloom.hf.cache import CompressedCache
 
@@ -98,54 +96,6 @@ class WindowDecoder:
     def nbytes(self) -> int:
         """Nothing is kept between tokens but their ids."""
         return 0
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """The baseline without a cache: `recompute(window=1020, positions=500)`.
-
-    Attributes:
-        window: tokens that each forward sees. positions: how many evenly spaced positions of the
-            document's decoded part are scored and timed; 0: none is scored, and the last 100
-            tokens are timed.
-    """
-
-    window: int
-    positions: int = 500
-
-    def __post_init__(self) -> None:
-        for name, least in (("window", 1), ("positions", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{self}: {name} must be an int of at least {least}")
-
-    def __str__(self) -> str:
-        return f"recompute(window={self.window!r}, positions={self.positions!r})"
-
-
-Subject = Recipe | Recompute
-
-
-def parse(text: str) -> Subject:
-    """A recipe, or the baseline's `recompute(window=..., positions=...)`. Raises ValueError."""
-    if not text.strip().startswith("recompute"):
-        return Recipe.parse(text)
-    try:
-        return Recompute(**_literal_arguments(text))
-    except (SyntaxError, TypeError):
-        raise ValueError(
-            f"recipe {text!r}: write recompute(window=1020) or recompute(window=1020, positions=500)"
-        ) from None
-
-
-def _literal_arguments(text: str) -> dict[str, Any]:
-    """The keywords of a call of `recompute`. Raises SyntaxError or TypeError if it is none."""
-    call = ast.parse(text.strip(), mode="eval").body
-    if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "recompute":
-        raise TypeError
-    if not all(isinstance(k.value, ast.Constant) for k in call.keywords):
-        raise TypeError
-    return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
 
 
 def decoder_for(model: Any, subject: Subject, budget: Budget | None) -> Decoder:

@@ -35,14 +35,15 @@ def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
 
 
 def quality(rows: Sequence[Row]) -> Figure:
-    """Perplexity, KL divergence and, if measured, needle recall against mean bytes."""
+    """Perplexity and KL against the full cache, and needle recall if measured, by mean bytes."""
     recall = rows[0].protocol.needles > 0
     figure = Figure(figsize=(15 if recall else 10.5, 5), layout="constrained")
     panels = figure.subplots(1, 3 if recall else 2)
     for panel, measure in zip(panels, ("perplexity", "kl", "recall"), strict=False):
         _scatter(panel, rows, measure)
-    panels[0].set_ylabel("perplexity of the decoded tokens (lower is better)")
-    panels[1].set_ylabel("KL divergence to the full cache, nats (lower is better)")
+    panels[0].set_ylabel("perplexity against full cache (lower is better)")
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:+g}%"))
+    panels[1].set_ylabel("KL to the full cache, nats (lower is better)")
     if recall:
         panels[2].set_ylabel("planted facts found (higher is better)")
         panels[2].set_ylim(-0.05, 1.05)
@@ -58,7 +59,7 @@ def _value(row: Row, measure: str) -> float | None:
         return q.needles_right / q.needles if q.needles else None
     if measure == "kl":  # on a logarithmic axis; a full cache's may be 0
         return q.kl if q.kl and q.kl > 0 else None
-    return q.decode_perplexity
+    return q.change  # against dense on the same tokens: a baseline is scored on some of them only
 
 
 def _scatter(axes: Axes, rows: Sequence[Row], measure: str) -> None:
@@ -134,7 +135,7 @@ def over_document(rows: Sequence[Row]) -> Figure:
     for panel in panels:
         panel.set_ylim(bottom=0)
         panel.grid(True, alpha=0.25)
-    _legend(figure, panels[0], 120)
+    _legend(figure, panels[0], 105)
     at = f" at a budget of {budget}" if budget else ""
     figure.suptitle(f"Over the document{at}: {_setting(rows[0])}", fontsize=11)
     return figure
@@ -169,7 +170,8 @@ def _legend(figure: Figure, axes: Axes, width: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return
-    columns = max(1, min(len(labels), width // (max(map(len, labels)) + 7)))
+    fits = sum(len(label) + 7 for label in labels) <= width
+    columns = len(labels) if fits else max(1, width // (max(map(len, labels)) + 7))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 

@@ -70,6 +70,7 @@ def model_facts(model: nn.Module, name: str) -> Model:
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        positions=getattr(config, "max_position_embeddings", None),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
 

@@ -25,16 +25,9 @@ from torch import Tensor
 
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation.decoders import (
-    Decoder,
-    DevicePeak,
-    Recompute,
-    Subject,
-    WindowDecoder,
-    decoder_for,
-    final_bytes,
-)
+from kvloom.evaluation.decoders import Decoder, DevicePeak, WindowDecoder, decoder_for, final_bytes
 from kvloom.evaluation.results import Bytes, Counts, Protocol, Quality, Series, Timing
+from kvloom.evaluation.subjects import Recompute, Subject
 
 BLOCK = 64  # tokens
 TURNS = 4  # tokens fed to the measured cache for each that is fed alone to the full one

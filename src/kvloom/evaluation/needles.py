@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kvloom.core.budget import Budget
-from kvloom.evaluation.decoders import Subject, decoder_for
+from kvloom.evaluation.decoders import decoder_for
 from kvloom.evaluation.identity import tokens_sha256
+from kvloom.evaluation.subjects import Subject
 from kvloom.testbed import tasks
 
 SPARE = 3  # tokens generated beyond the answer's own, since a tokenizer may split it otherwise

@@ -26,7 +26,8 @@ class Model:
     Attributes:
         name: path or hub name as given. sha256: of the config and of every parameter and buffer as
             loaded (so the dtype counts). type: transformers' model type. parameters: how many.
-        layers, kv_heads, head_dim: of the decoder. dtype: e.g. `"bfloat16"`.
+        layers, kv_heads, head_dim: of the decoder. positions: how many it was made for, if it says.
+        dtype: e.g. `"bfloat16"`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Model:
     layers: int
     kv_heads: int
     head_dim: int
+    positions: int | None
     dtype: str
 
 

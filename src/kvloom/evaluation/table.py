@@ -28,8 +28,8 @@ def quality_table(rows: Sequence[Row]) -> Table:
             *_names(row),
             f"{b.mean / size:,.1f}" if b.mean else "",
             f"{b.peak / size:,.1f}" if b.peak else "",
-            _show(b.ratio, "{:.2f}x"),
-            _show(equal.budget_use(row), "{:.0%}"),
+            _show(b.ratio, "{:.2f}x") if b.mean else "",
+            _show(equal.budget_use(row), "{:.0%}") if row.subject.budget else "",
             _show(q.decode_perplexity, "{:.3f}"),
             _show(q.change, "{:+.1%}").replace("-0.0%", "+0.0%"),
             _show(q.perplexity, "{:.3f}"),
@@ -80,6 +80,16 @@ def notes(rows: Sequence[Row]) -> list[str]:
         + (" needles: planted facts found, compressed before asked." if p.needles else ""),
         "TTFT, TPOT: medians, after the commit; of dense: against a full cache measured in turns with it.",
     ]
+    if m.positions is not None and p.tokens > m.positions:
+        lines.append(
+            f"The text is longer than the {m.positions} positions that the model was made for: only "
+            "recipes with in-cache positions and recompute stay within them."
+        )
+    if any(r.subject.baseline for r in rows):
+        lines.append(
+            "recompute keeps no cache and is scored on a sample of the tokens: compare it by 'against "
+            "dense', not by its perplexity."
+        )
     load = max(row.timing.load or 0.0 for row in rows)
     if load > BUSY * e.cores:
         lines.append(

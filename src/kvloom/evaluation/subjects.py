@@ -1,0 +1,125 @@
+"""What is compared: recipes, the baseline without a cache, and both at budgets; all of it as text."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvloom.core.budget import Budget
+from kvloom.core.policy import Policy
+from kvloom.core.recipe import Recipe
+from kvloom.evaluation import results
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """The baseline without a cache: `recompute(window=1020, positions=500)`.
+
+    Attributes:
+        window: tokens that each forward sees. positions: how many evenly spaced positions of the
+            document's decoded part are scored and timed; 0: none is scored, and the last 100
+            tokens are timed.
+    """
+
+    window: int
+    positions: int = 500
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("positions", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{self}: {name} must be an int of at least {least}")
+
+    def __str__(self) -> str:
+        return f"recompute(window={self.window!r}, positions={self.positions!r})"
+
+
+Subject = Recipe | Recompute
+
+
+def parse(text: str) -> Subject:
+    """A recipe, or the baseline's `recompute(window=..., positions=...)`. Raises ValueError."""
+    if not text.strip().startswith("recompute"):
+        return Recipe.parse(text)
+    try:
+        return Recompute(**_literal_arguments(text))
+    except (SyntaxError, TypeError):
+        raise ValueError(
+            f"recipe {text!r}: write recompute(window=1020) or recompute(window=1020, positions=500)"
+        ) from None
+
+
+def _literal_arguments(text: str) -> dict[str, Any]:
+    """The keywords of a call of `recompute`. Raises SyntaxError or TypeError if it is none."""
+    call = ast.parse(text.strip(), mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "recompute":
+        raise TypeError
+    if not all(isinstance(k.value, ast.Constant) for k in call.keywords):
+        raise TypeError
+    return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure: a recipe, or the baseline, at a budget."""
+
+    subject: Subject
+    budget: Budget | None = None
+
+    @property
+    def facts(self) -> results.Subject:
+        """As it stands in a row."""
+        return results.Subject(
+            recipe=str(self.subject),
+            full=spell_out(self.subject),
+            budget=None if self.budget is None else str(self.budget),
+            baseline=isinstance(self.subject, Recompute),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.subject}" + (f" @ {self.budget}" if self.budget else "")
+
+
+def spell_out(subject: Subject) -> str:
+    """The text with every parameter, defaults and the default schedule included."""
+    if isinstance(subject, Recompute):
+        return str(subject)
+    chain = [*subject.policies]
+    if subject.evicts and subject.schedule not in chain:
+        chain.append(subject.schedule)
+    return " | ".join(_spell_policy(p) for p in chain) or "none"
+
+
+def _spell_policy(policy: Policy) -> str:
+    given = [f"{f.name}={getattr(policy, f.name)!r}" for f in dataclasses.fields(policy)]
+    return policy.name + (f"({', '.join(given)})" if given else "")
+
+
+def cells_of(recipes: Sequence[str], budgets: Sequence[str] = ()) -> list[Cell]:
+    """The cells of a comparison, the full cache first, none twice.
+
+    `"recipe @ budget"` stands for itself; a recipe that evicts and does not state its own size is
+    crossed with `budgets`. Raises ValueError on an unknown method or parameter, or a bad budget.
+    """
+    found = [Cell(Recipe())]
+    general = [Budget.parse(b) for b in budgets]
+    for text in recipes:
+        recipe, at, own = text.rpartition("@") if "@" in text else (text, "", "")
+        subject = parse(recipe.strip())
+        if at:
+            found.append(Cell(subject, Budget.parse(own.strip())))
+        elif general and takes_budget(subject):
+            found += [Cell(subject, budget) for budget in general]
+        else:
+            found.append(Cell(subject))
+    return list(dict.fromkeys(found))
+
+
+def takes_budget(subject: Subject) -> bool:
+    """Whether a subject evicts and leaves its size to a budget."""
+    if isinstance(subject, Recompute) or subject.scorer is None:
+        return False
+    return subject.evicts and subject.scorer.capacity is None
