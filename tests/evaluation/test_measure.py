@@ -10,10 +10,11 @@ from torch import Tensor
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import measure as module
-from kvloom.evaluation.decoders import CacheDecoder, WindowDecoder
+from kvloom.evaluation.decoders import CacheDecoder, WindowDecoder, feed_prompt
 from kvloom.evaluation.measure import Measured, measure, percentile, perplexity
 from kvloom.evaluation.results import Protocol
 from kvloom.evaluation.subjects import Recompute, parse
+from kvloom.hf import load
 from tests.models import build, tokens
 
 N, P = 180, 70
@@ -173,6 +174,19 @@ def test_recompute_sees_a_window_at_positions_from_zero() -> None:
     assert set(found.series.entries) == {float(window)}
 
 
+def test_recompute_prefills_its_window_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = []
+    forward = load.forward
+    monkeypatch.setattr(
+        load,
+        "forward",
+        lambda m, ids, *rest: forwards.append(ids.shape[1]) or forward(m, ids, *rest),
+    )
+    decoder = WindowDecoder(build("llama"), 50)
+    feed_prompt(decoder, tokens(N)[0], chunk=16)
+    assert forwards == [50]
+
+
 def test_recompute_takes_evenly_spaced_steady_positions() -> None:
     found = run("recompute(window=90, positions=5)")
     assert found.series.seen == [round(89 + k * (N - 2 - 89) / 4) + 1 for k in range(5)]
@@ -233,8 +247,20 @@ def test_recipes_and_the_baseline_parse() -> None:
     assert parse("h2o | int4") == Recipe.parse("h2o | int4")
 
 
+def test_tokens_that_are_ruled_out_do_not_spoil_the_divergence() -> None:
+    logits = torch.tensor([[0.0, 1.0, -math.inf]])
+    scores = module.Scores()
+    scores.add(logits, logits, torch.tensor([1]))
+    assert scores.kl == [0.0] and scores.same == [True]
+    p, q = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.5]])
+    scores.add(p.log(), q.log(), torch.tensor([0]))
+    assert scores.kl[1] == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert (scores.nll[1], scores.dense_nll[1]) == pytest.approx((math.log(2), math.log(4)))
+
+
 def test_perplexity_and_percentile() -> None:
     assert perplexity([]) is None and perplexity([1e4]) == math.inf
+    assert math.isnan(perplexity([math.nan]) or 0)
     assert perplexity([math.log(2), math.log(8)]) == pytest.approx(4)
     values = [float(x) for x in range(1, 101)]
     assert [percentile(values, s) for s in (0.01, 0.95, 0.99, 1)] == [1, 95, 99, 100]

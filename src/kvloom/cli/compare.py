@@ -81,7 +81,6 @@ def run(options: Options) -> None:
         bench = compare.prepare(
             options.model, options.text, options.protocol, options.dtype, options.device
         )
-        bench.check(cells)
         if options.again:
             ledger.rows.clear()
         with _Bars() as progress:

@@ -87,8 +87,9 @@ class Bench:
             right = 0
             for needle in self.needles:
                 right += needles.answered(
-                    self.model, self.tokenizer, cell.subject, cell.budget, needle
-                )
+                    self.model, self.tokenizer, cell.subject, cell.budget, needle,
+                    self.protocol.prefill_chunk,
+                )  # fmt: skip
                 progress.advance(NEEDLE_STEPS)
         quality = dataclasses.replace(found.quality, needles_right=right, needles=len(self.needles))
         return Row(

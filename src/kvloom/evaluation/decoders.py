@@ -7,6 +7,7 @@ device.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -109,6 +110,21 @@ def decoder_for(model: Any, subject: Subject, budget: Budget | None) -> Decoder:
     return CacheDecoder(model, CompressedCache(model, subject, budget))
 
 
+def feed_prompt(decoder: Decoder, ids: Tensor, chunk: int = 0) -> Tensor:
+    """Feed a prompt `[n]` at once, or `chunk` tokens at a time; logits `[1, V]` of its last token.
+
+    `decoder.seconds` is then of all of it. A window is recomputed once, however long the prompt.
+    """
+    if isinstance(decoder, WindowDecoder):
+        return decoder.feed(ids)
+    taken = 0.0
+    for part in ids.split(chunk or len(ids)):
+        logits = decoder.feed(part)
+        taken += decoder.seconds
+    decoder.seconds = taken
+    return logits
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
@@ -140,22 +156,33 @@ class DevicePeak:
         return self.sampled if self.device.type == "mps" else None
 
 
-def final_bytes(decoder: Decoder) -> tuple[dict[str, Any], Counts]:
-    """The fields of `Bytes` that the end of a document tells, and the counts."""
+@dataclass(frozen=True)
+class Final:
+    """What the end of a document tells, in bytes (see `Bytes`), and the counts."""
+
+    nbytes: int = 0
+    by_part: dict[str, int] = field(default_factory=dict)
+    dense: int = 0
+    dtype_dense: int = 0
+    floor: int = 0
+    slack: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+
+def final(decoder: Decoder) -> Final:
+    """The figures of a decoder's cache now; all zero where there is none."""
     if not isinstance(decoder, CacheDecoder):
-        nothing = dict.fromkeys(("final", "dense", "dtype_dense", "floor", "slack"), 0)
-        return {**nothing, "by_part": {}}, Counts()
-    stats, cache = decoder.cache.stats(), decoder.cache
-    held = stats.nbytes - stats.by_part.get("other layers", 0)
-    fields = {
-        "final": stats.nbytes,
-        "by_part": stats.by_part,
-        "dense": stats.dense_nbytes,
-        "dtype_dense": round(stats.dtype_ratio * max(1, held)),
-        "floor": cache.floor(),
-        "slack": stats.slack,
-    }
-    counts = Counts(
-        stats.compressions, stats.evicted, stats.merged, stats.sealed, stats.compactions
+        return Final()
+    stats = decoder.cache.stats()
+    held = max(1, stats.nbytes - stats.by_part.get("other layers", 0))
+    return Final(
+        nbytes=stats.nbytes,
+        by_part=stats.by_part,
+        dense=stats.dense_nbytes,
+        dtype_dense=round(stats.dtype_ratio * held),
+        floor=decoder.cache.floor(),
+        slack=stats.slack,
+        counts=Counts(
+            stats.compressions, stats.evicted, stats.merged, stats.sealed, stats.compactions
+        ),
     )
-    return fields, counts

@@ -19,13 +19,22 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation.decoders import Decoder, DevicePeak, WindowDecoder, decoder_for, final_bytes
+from kvloom.evaluation.decoders import (
+    Decoder,
+    DevicePeak,
+    Final,
+    WindowDecoder,
+    decoder_for,
+    feed_prompt,
+    final,
+)
 from kvloom.evaluation.results import Bytes, Counts, Protocol, Quality, Series, Timing
 from kvloom.evaluation.subjects import Recompute, Subject
 
@@ -53,7 +62,8 @@ class Scores:
         at = targets.to(p.device)[:, None]
         self.nll += (-q.gather(1, at)[:, 0]).tolist()
         self.dense_nll += (-p.gather(1, at)[:, 0]).tolist()
-        self.kl += (p.exp() * (p - q)).sum(-1).tolist()
+        kl = (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)  # tokens that are ruled out
+        self.kl += kl.sum(-1).tolist()
         self.same += (p.argmax(-1) == q.argmax(-1)).tolist()
 
 
@@ -118,30 +128,32 @@ def _own_window(subject: Subject) -> int | None:
 
 
 def measure(
-    model: object, ids: Tensor, subject: Subject, budget: Budget | None, protocol: Protocol,
+    model: Any, ids: Tensor, subject: Subject, budget: Budget | None, protocol: Protocol,
     advance: Advance,
 ) -> Measured:  # fmt: skip
     """Measure a subject on the document `ids [N]`; `advance` is told of tokens as they are read."""
     ttft = _time_prefill(model, ids, subject, budget, protocol)
-    peak = DevicePeak(model.device)  # type: ignore[attr-defined]
+    peak = DevicePeak(model.device)
     dense, decoder = decoder_for(model, Recipe(), None), decoder_for(model, subject, budget)
     whole, decoded, steps = Scores(), Scores(), _Steps()
-    _prefill(dense, decoder, ids, protocol, whole)
+    _score_prefill(dense, decoder, ids, protocol, whole)
     advance(protocol.prefill)
     wanted = _wanted(subject, protocol)
     for start in range(protocol.prefill, len(ids) - 1, BLOCK):
         stop = min(start + BLOCK, len(ids) - 1)
-        turn = _block(dense, decoder, ids, start, stop, wanted, steps)
-        if turn.fed and _is_scored(subject):
-            at = torch.tensor(turn.fed)
-            decoded.add(turn.dense[at - start], torch.stack(turn.logits), ids[at + 1])
+        block = _block(dense, decoder, ids, start, stop, wanted, steps)
+        if block.fed and _is_scored(subject):
+            at = torch.tensor(block.fed)
+            decoded.add(block.dense[at - start], torch.stack(block.logits), ids[at + 1])
         peak.note()
         advance(stop - start)
+    device_peak = peak.value()  # before anything else is allocated
+    end, full = final(decoder), final(dense)
     return Measured(
-        bytes=_bytes(dense, decoder, budget, steps, peak),
+        bytes=_bytes(end, full, budget, steps, device_peak),
         quality=_quality(whole, decoded),
         timing=_timing(steps, *ttft),
-        counts=final_bytes(decoder)[1],
+        counts=end.counts,
         series=_series(steps),
     )
 
@@ -149,12 +161,8 @@ def measure(
 # -- feeding -------------------------------------------------------------------------------------
 
 
-def _chunks(ids: Tensor, protocol: Protocol) -> tuple[Tensor, ...]:
-    return ids[: protocol.prefill].split(protocol.prefill_chunk or protocol.prefill)
-
-
 def _time_prefill(
-    model: object, ids: Tensor, subject: Subject, budget: Budget | None, protocol: Protocol
+    model: Any, ids: Tensor, subject: Subject, budget: Budget | None, protocol: Protocol
 ) -> tuple[list[float], list[float]]:
     """Seconds of the subject's prefills and of the full cache's, after a warm-up of each."""
     sides: list[tuple[Subject, Budget | None]] = [(subject, budget), (Recipe(), None)]
@@ -162,29 +170,26 @@ def _time_prefill(
     for run in range(1 + protocol.prefill_runs):
         for side in (0, 1) if run % 2 else (1, 0):
             decoder = decoder_for(model, *sides[side])
-            taken = 0.0
-            for chunk in _chunks(ids, protocol):
-                decoder.feed(chunk)
-                taken += decoder.seconds
+            feed_prompt(decoder, ids[: protocol.prefill], protocol.prefill_chunk)
             if run:
-                times[side].append(taken)
+                times[side].append(decoder.seconds)
                 continue
             for token in ids[protocol.prefill :][:_WARM_STEPS].split(1):
                 decoder.feed(token)
     return times[0], times[1]
 
 
-def _prefill(
+def _score_prefill(
     dense: Decoder, decoder: Decoder, ids: Tensor, protocol: Protocol, scores: Scores
 ) -> None:
     """Feed and score the first part; a recomputed window is not scored here."""
-    start = 0
-    for chunk in _chunks(ids, protocol):
+    prompt, start = ids[: protocol.prefill], 0
+    if isinstance(decoder, WindowDecoder):
+        feed_prompt(dense, prompt, protocol.prefill_chunk)
+        decoder.skip(prompt)
+        return
+    for chunk in prompt.split(protocol.prefill_chunk or len(prompt)):
         n = len(chunk)
-        if isinstance(decoder, WindowDecoder):
-            dense.feed(chunk)
-            decoder.skip(chunk)
-            continue
         a, b = dense.feed(chunk, keep=n), decoder.feed(chunk, keep=n)
         targets = ids[start + 1 : start + n + 1]
         for part in zip(a.split(BLOCK), b.split(BLOCK), targets.split(BLOCK), strict=True):
@@ -252,7 +257,7 @@ def perplexity(losses: list[float]) -> float | None:
     if not losses:
         return None
     mean = math.fsum(losses) / len(losses)
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean > 700 else math.exp(mean)
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -301,20 +306,22 @@ def _timing(steps: _Steps, ttft: list[float], dense_ttft: list[float]) -> Timing
 
 
 def _bytes(
-    dense: Decoder, decoder: Decoder, budget: Budget | None, steps: _Steps, peak: DevicePeak
+    end: Final, full: Final, budget: Budget | None, steps: _Steps, device_peak: int | None
 ) -> Bytes:
-    device_peak = peak.value()
-    final, _ = final_bytes(decoder)
-    full, _ = final_bytes(dense)
-    per_token = full["dense"] / max(1, steps.dense_seen[-1])
-    dense_mean = per_token * statistics.fmean(steps.seen)
-    final.update(dense=full["dense"], dtype_dense=full["dtype_dense"])
+    """`end` is of the measured cache, `full` of the dense one."""
+    seen = max(1, steps.dense_seen[-1])
+    dense_mean = full.dense / seen * statistics.fmean(steps.seen)
     return Bytes(
-        **final,
+        final=end.nbytes,
+        by_part=end.by_part,
         mean=statistics.fmean(steps.nbytes),
         peak=max(steps.nbytes),
+        dense=full.dense,
         dense_mean=dense_mean,
+        dtype_dense=full.dtype_dense,
         allowed=_allowed(budget, dense_mean),
+        floor=end.floor,
+        slack=end.slack,
         device_peak=device_peak,
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.budget import Budget
-from kvloom.evaluation.decoders import decoder_for
+from kvloom.evaluation.decoders import decoder_for, feed_prompt
 from kvloom.evaluation.identity import tokens_sha256
 from kvloom.evaluation.subjects import Subject
 from kvloom.testbed import tasks
@@ -66,11 +66,19 @@ def fingerprint(needles: list[Needle]) -> str:
 
 
 def answered(
-    model: Any, tokenizer: Any, subject: Subject, budget: Budget | None, needle: Needle
+    model: Any,
+    tokenizer: Any,
+    subject: Subject,
+    budget: Budget | None,
+    needle: Needle,
+    chunk: int = 0,
 ) -> bool:
-    """Whether greedy generation from the compressed context gives the answer exactly."""
+    """Whether greedy generation from the compressed context gives the answer exactly.
+
+    The context goes in at once, or `chunk` tokens at a time; the question after it, in one forward.
+    """
     decoder = decoder_for(model, subject, budget)
-    decoder.feed(needle.context)
+    feed_prompt(decoder, needle.context, chunk)
     token = decoder.feed(needle.question)[-1].argmax().cpu()[None]
     chosen = [int(token)]
     while len(chosen) < needle.new_tokens:
