@@ -75,7 +75,12 @@ def _weights(name: str, seed: int) -> Any:
     config_name = {"Gemma3": "Gemma3TextConfig"}.get(architecture, f"{architecture}Config")
     config = getattr(tf, config_name)(**fields)
     torch.manual_seed(seed)
-    return getattr(tf, f"{architecture}ForCausalLM")(config).eval()
+    model = getattr(tf, f"{architecture}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter, weight in model.named_parameters():
+            if parameter.endswith(("q_norm.weight", "k_norm.weight")):
+                weight += torch.rand_like(weight) - 0.5  # else all keys have the same norm
+    return model
 
 
 def build(
