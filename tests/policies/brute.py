@@ -70,11 +70,15 @@ def check_keeps(
     edges: list[int] | None = None,
     family: str = "llama",
     choose: Callable[[list[list[float]], list[int]], list[list[int]]] | None = None,
+    ties: float = 0.0,
+    stored: bool = True,
 ) -> list[list[list[Head]]]:
     """Run a model and compare after every forward; returns `[layer][row][head]`.
 
     `capacity` is the cache's budget in entries (None: the recipe has `size`). `choose` replaces
-    the selection: from the scores of all heads to the indices that stay in each.
+    the selection: from the scores of all heads to the indices that stay in each. Scores that differ
+    by `ties` (relative) may change places, where equal entries only differ by rounding. `stored`:
+    the method sees what a packed format made of the entries, not what they were on arrival.
     """
     model = build(family)
     recorder = Recorder(model)
@@ -100,13 +104,29 @@ def check_keeps(
                 else:
                     chosen = [best(s, min(room, len(s)), window) for s in given]
                 for h, head in enumerate(heads):
+                    if ties:
+                        free = kept[row][h][len(head.pinned) :]
+                        chosen[h] = _among_equals(head, given[h], chosen[h], free, ties)
                     head.keep(chosen[h])
                     where = f"layer {layer}, row {row}, head {h}, after token {stop}"
                     assert kept[row][h] == [*head.pinned, *head.positions], where
         for layer, rows_of in enumerate(layers):
-            _read_stored(cache.layers[layer].store, rows_of)
+            if stored:
+                _read_stored(cache.layers[layer].store, rows_of)
     assert cache.stats().evicted > 0
     return layers
+
+
+def _among_equals(
+    head: Head, scores: list[float], chosen: list[int], kept: list[int], ties: float
+) -> list[int]:
+    """The cache's own choice, if it only swapped entries whose scores are as good as equal."""
+    theirs = [j for j, position in enumerate(head.positions) if position in set(kept)]
+    swapped = [scores[j] for j in set(chosen) ^ set(theirs)]
+    same = len(theirs) == len(chosen) and len(theirs) == len(kept)
+    if swapped and same and max(swapped) - min(swapped) <= ties * max(map(abs, swapped)):
+        return theirs
+    return chosen
 
 
 def _read_stored(store, rows: list[list[Head]]) -> None:

@@ -45,11 +45,15 @@ def _target(
     """Entries to keep, host `[B, H]`, or `[B, 1]` for all heads together if the allocator pools
     them; and which rows are due, bool `[B]`.
     """
-    heads = 1
+    heads, scorer = 1, store.plan.recipe.scorer
+    assert scorer is not None
+    seen, since, new = store.seen[:, None], store.since[:, None], forward.tokens[:, None]
+    if scorer.sets_target:
+        target = torch.minimum(scorer.target(length, seen, new), length)
+        return target, (target != length).any(1)
     if store.plan.pools:
         heads = length.shape[1]
         length, capacity = length.sum(1, keepdim=True), capacity.sum(1, keepdim=True)
-    seen, since, new = store.seen[:, None], store.since[:, None], forward.tokens[:, None]
     schedule = store.plan.recipe.schedule
     target = schedule.target(length, capacity, seen, new, since, heads)
     return target, (target != length).any(1)
@@ -68,7 +72,7 @@ def _compress(
     scorer, merger = store.plan.recipe.scorer, store.plan.recipe.merger
     assert scorer is not None
     entries = entries_of(store, pending, forward.call)
-    protected = scorer.protected(capacity - pinned)
+    protected = scorer.protected((target if scorer.sets_target else capacity) - pinned)
     if store.plan.pools:
         free = target - pinned.sum(1, keepdim=True)
         protected = torch.minimum(protected, free // capacity.shape[1])

@@ -12,11 +12,13 @@ from torch import Tensor
 from kvloom.core.block import GRANULE
 from kvloom.core.budget import DENSE_BYTES, Budget, CellCost
 from kvloom.core.format import PAGE, Layout, PageFormat
-from kvloom.core.policy import Allocator, Queries
+from kvloom.core.policy import Allocator, Queries, Scorer
 from kvloom.core.recipe import Recipe
+from kvloom.core.schedule import Lazy
 from kvloom.positions.rope import RopeSpec
 
 CENTROID_DTYPE = torch.float32
+UNBOUNDED = 1 << 40  # a capacity that is never reached
 _META_DTYPES = {"positions": torch.int32, "mass": torch.float32}
 
 
@@ -64,7 +66,16 @@ class LayerPlan:
     @cached_property
     def evicts(self) -> bool:
         """Whether entries can ever leave."""
-        return self.recipe.evicts
+        scorer = self.recipe.scorer
+        return self.recipe.evicts and scorer is not None and self.layer not in scorer.exempt_layers
+
+    @cached_property
+    def bounded(self) -> bool:
+        """Whether there is a ceiling."""
+        scorer = self.recipe.scorer
+        return bool(
+            self.evicts and self.recipe.schedule.bounded and scorer and not scorer.sets_target
+        )
 
     @cached_property
     def fills_pages(self) -> bool:
@@ -176,8 +187,9 @@ class LayerPlan:
 
     @property
     def growing(self) -> bool:
-        """Whether the budget grows with the tokens seen."""
-        return self.budget is not None and self.budget.kind == "share"
+        """Whether what may stay grows with the tokens seen."""
+        sets = self.recipe.scorer is not None and self.recipe.scorer.sets_target
+        return sets or (self.budget is not None and self.budget.kind == "share")
 
     @cached_property
     def least(self) -> int:
@@ -193,6 +205,8 @@ class LayerPlan:
         scorer = self.recipe.scorer
         if scorer is None or not self.evicts:
             return None
+        if scorer.sets_target:  # it goes by what is there, and nothing else may depend on this
+            return torch.full((len(seen), self.heads), UNBOUNDED)
         shares = self.shares[self.layer]
         if self.budget is None:
             assert scorer.capacity is not None
@@ -232,7 +246,7 @@ class LayerPlan:
     def check(self) -> None:
         """Raise ValueError if recipe and budget do not fit each other."""
         scorer, budget = self.recipe.scorer, self.budget
-        if scorer is None or not self.evicts:
+        if scorer is None or not self.recipe.evicts:
             if budget is not None:
                 raise ValueError(
                     f"budget {str(budget)!r} with recipe '{self.recipe}': nothing in the recipe "
@@ -244,7 +258,8 @@ class LayerPlan:
                 f"recipe '{self.recipe}': a centroid keeps its members' original positions, which "
                 "in-cache positions leave behind; say positions='original'"
             )
-        if budget is None and scorer.capacity is None:
+        self._check_own_rules(scorer)
+        if budget is None and self.recipe.takes_budget:
             raise ValueError(
                 f"recipe '{self.recipe}': {scorer.name} evicts down to a budget and none was given; "
                 "say budget='1024tok', '25%' or '512MiB'"
@@ -259,6 +274,27 @@ class LayerPlan:
                 f"budget {str(budget)!r} with recipe '{self.recipe}': this schedule has no bound"
             )
         self._check_floor()
+
+    def _check_own_rules(self, scorer: Scorer) -> None:
+        """What goes together with a scorer that sets its target or exempts layers."""
+        given = [str(p) for p in (self.recipe.allocator, self.recipe.schedule) if p and p != Lazy()]
+        given += [] if self.budget is None else [f"budget {str(self.budget)!r}"]
+        if scorer.sets_target and given:
+            raise ValueError(
+                f"recipe '{self.recipe}': {scorer} says itself when to evict and how many entries "
+                f"stay; leave out {', '.join(given)}"
+            )
+        beyond = [i for i in scorer.exempt_layers if i >= self.layers]
+        if beyond:
+            raise ValueError(
+                f"recipe '{self.recipe}': {scorer} exempts layers {beyond}, but {self.layers} are "
+                "compressed, counted from 0"
+            )
+        if scorer.exempt_layers and self.budget is not None and not self.counts_entries:
+            raise ValueError(
+                f"budget {str(self.budget)!r} with recipe '{self.recipe}': exempt layers grow with "
+                "the text, so no number of bytes holds; say '512tok', for the other layers"
+            )
 
     def check_rows(self, rows: int) -> None:
         """Raise ValueError if a budget in bytes is below the floor of this many rows."""

@@ -114,6 +114,16 @@ class Scorer(Policy):
         return None
 
     @property
+    def sets_target(self) -> bool:
+        """Whether `target` says how many entries stay, instead of a budget and a schedule."""
+        return False
+
+    @property
+    def exempt_layers(self) -> tuple[int, ...]:
+        """Layers (counted among the compressed ones) from which nothing is ever evicted."""
+        return ()
+
+    @property
     def in_cache(self) -> bool:
         """Whether positions are those in the cache (the query is rotated), not the original ones."""
         return False
@@ -133,6 +143,14 @@ class Scorer(Policy):
     def protected(self, capacity: Tensor) -> Tensor:
         """How many of the newest entries are always kept, given the capacity `[B, H]` (host)."""
         return torch.ones_like(capacity)
+
+    def target(self, length: Tensor, seen: Tensor, new: Tensor) -> Tensor:
+        """Entries to keep after a forward, sinks included, host int64 `[B, H]`; more than `length
+        [B, H]` means all. Only asked if `sets_target`.
+
+        `seen`, `new`: valid tokens of each row so far, and in this forward, host int64 `[B, 1]`.
+        """
+        raise NotImplementedError
 
     def arrive(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Slot state of newly arrived exact entries `[B, H, S, D]`: name -> fp32 `[B, H, S]`."""

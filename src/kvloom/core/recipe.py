@@ -108,6 +108,13 @@ class Recipe:
         """Whether entries can ever leave the cache."""
         return self.scorer is not None and self.schedule.every > 0
 
+    @property
+    def takes_budget(self) -> bool:
+        """Whether a budget says how many entries stay: something evicts and states no size itself."""
+        scorer = self.scorer
+        sized = scorer is None or scorer.capacity is not None or scorer.sets_target
+        return self.evicts and not sized
+
     def __or__(self, other: Policy | Recipe) -> Recipe:
         more = other.policies if isinstance(other, Recipe) else [other]
         return Recipe.of(*self.policies, *more)

@@ -184,7 +184,7 @@ class CompressedCache(Cache):
         Layers that kvloom does not compress (sliding windows) count with what they hold.
         """
         stores = [layer.store for layer in self.compressed if layer.store is not None]
-        if not stores or not self.recipe.evicts or not self.recipe.schedule.bounded:
+        if not stores or not all(store.plan.bounded for store in stores):
             return None
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         return sum(store.ceiling() for store in stores) + unique_nbytes(others)

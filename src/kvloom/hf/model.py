@@ -50,7 +50,7 @@ def check_dense(recipe: Recipe, reason: str) -> None:
         problem = f"it needs {sorted(recipe.needs - _DENSE_NEEDS)}, which only our attention sees"
     elif recipe.merger is not None:
         problem = "merged entries carry a mass that only our attention applies"
-    elif recipe.allocator is not None:
+    elif recipe.allocator is not None or (scorer is not None and scorer.exempt_layers):
         problem = "budgets that differ between layers or heads do not fit one mask"
     elif scorer is not None and scorer.in_cache:
         problem = "in-cache positions rotate the query, which only our attention does"
