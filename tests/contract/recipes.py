@@ -89,7 +89,7 @@ def budget_for(model: Any, recipe: str, kind: str, rows: int, tokens: int) -> st
     plan = plan_for(config, parsed, Budget("bytes", 1 << 40), layers)
     row = layers * plan.ceiling(torch.full((1, plan.heads), CAPACITY))
     if kind == "bytes":
-        return rows * row
+        return rows * (row + plan.other_nbytes)
     dense = layers * plan.heads * (plan.key_dim + plan.value_dim) * DENSE_BYTES * tokens
     return f"{min(100, 100 * row // dense)}%"
 

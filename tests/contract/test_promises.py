@@ -36,13 +36,22 @@ EVICTING = [*EACH, *PAIRS]
 ALL = [*registered("format"), *EVICTING]
 
 
+def comparable(recipe) -> bool:
+    """Whether heads that share a budget can compare their scores: an order of arrival by slot says
+    nothing about another head, and slots depend on how a head's entries are laid out.
+    """
+    parsed = Recipe.parse(recipe.values[0] if hasattr(recipe, "values") else recipe)
+    pools = parsed.allocator is not None and parsed.allocator.pools
+    return not (pools and parsed.scorer.name in ("recent", "streaming_llm"))
+
+
 def make(model, recipe, budget=f"{CAPACITY}tok", **kw):
     parsed = Recipe.parse(recipe)
     takes = parsed.evicts and parsed.scorer.capacity is None
     return CompressedCache(model, recipe, budget if takes else None, **kw)
 
 
-def stepwise(model, cache, ids, mask=None, chunk=40, steps=100):
+def stepwise(model, cache, ids, mask=None, chunk=40, steps=50):
     """Chunks, then tokens, yielding the logits of each forward; masks grow as generate's do."""
     n = ids.shape[1]
     edges = [*range(0, n - steps, chunk), *range(n - steps, n), n]
@@ -84,7 +93,7 @@ def test_left_padded_equals_unpadded_and_rows_are_independent(recipe):
     _check_rows(recipe, "entries")
 
 
-@pytest.mark.parametrize("recipe", EVICTING, ids=recipes.short)
+@pytest.mark.parametrize("recipe", filter(comparable, EVICTING), ids=recipes.short)
 @pytest.mark.parametrize("kind", ["bytes", "percent"])
 def test_rows_share_a_budget_in_bytes_without_touching_each_other(recipe, kind):
     _check_rows(recipe, kind)
@@ -99,7 +108,7 @@ def _check_rows(recipe, kind):
         budget = recipes.budget_for(model, recipe, kind, rows, tokens=230)
         return CompressedCache(model, recipe, budget)
 
-    batch = list(stepwise(model, cache(3), ids, mask, steps=60))
+    batch = list(stepwise(model, cache(3), ids, mask, steps=40))
     for row, n in enumerate(lengths):
         # alone, with the same chunk edges: a chunk sees its own tokens exactly
         alone = _alone(model, cache(1), ids[row : row + 1], mask[row : row + 1], n)
@@ -112,7 +121,7 @@ def _alone(model, cache, ids, mask, n):
     """The row without its padding, cut where the padded batch is cut."""
     pads = ids.shape[1] - n
     outs, position = [], 0
-    edges = [*range(0, ids.shape[1] - 60, 40), *range(ids.shape[1] - 60, ids.shape[1])]
+    edges = [*range(0, ids.shape[1] - 40, 40), *range(ids.shape[1] - 40, ids.shape[1])]
     for i, start in enumerate(edges):
         stop = edges[i + 1] if i + 1 < len(edges) else ids.shape[1]
         start, stop = max(start, pads), max(stop, pads)
@@ -238,7 +247,7 @@ def _mass(store):
 def test_deterministic(recipe):
     model = build("llama")
     runs = [
-        torch.cat(list(stepwise(model, make(model, recipe), tokens(200), steps=60)), 1)
+        torch.cat(list(stepwise(model, make(model, recipe), tokens(200), steps=40)), 1)
         for _ in "ab"
     ]
     assert torch.equal(*runs)
@@ -251,14 +260,14 @@ def test_copy_and_reset(recipe):
     list(stepwise(model, cache, ids[:, :200], steps=30))
     twin = copy.deepcopy(cache)
     assert twin.nbytes == cache.nbytes
-    first = torch.cat(list(stepwise(model, cache, ids[:, 200:], steps=60)), 1)
-    second = torch.cat(list(stepwise(model, twin, ids[:, 200:], steps=60)), 1)
+    first = torch.cat(list(stepwise(model, cache, ids[:, 200:], steps=40)), 1)
+    second = torch.cat(list(stepwise(model, twin, ids[:, 200:], steps=40)), 1)
     assert torch.equal(first, second)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.nbytes == 0
     fresh = make(model, recipe)
-    again = torch.cat(list(stepwise(model, cache, ids, steps=60)), 1)
-    assert torch.equal(again, torch.cat(list(stepwise(model, fresh, ids, steps=60)), 1))
+    again = torch.cat(list(stepwise(model, cache, ids, steps=40)), 1)
+    assert torch.equal(again, torch.cat(list(stepwise(model, fresh, ids, steps=40)), 1))
 
 
 @pytest.mark.parametrize("name", sorted(registry.policies()))

@@ -203,6 +203,7 @@ class ShadowLayer(CacheLayerMixin):
         return LayerPlan(
             cache.recipe, cache.budget, cache.format or Dense(), self.index, cache.compressed, H,
             self.keys.shape[3], self.values.shape[3], self.keys.dtype, group=heads // H,
+            other_elements=2 * H * self.keys.shape[3] * cache.windows,
         )  # fmt: skip
 
     def goal(self, length: int, capacity: int, b: int, new: int, cells: int = 1) -> int:
@@ -386,6 +387,8 @@ class ShadowCache(Cache):
             kwargs = [kwargs] * len(kinds)
         full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
         self.compressed = len(full)
+        # slots of the layers that stay as they are
+        self.windows = sum(kw.get("sliding_window", 0) for kw in kwargs)
         super().__init__(
             layers=[
                 ShadowLayer(self, i, full.index(i))
