@@ -68,7 +68,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, recipe: str | Policy | Recipe) -> Recipe:
-        """A recipe from text (or a preset's name), a policy or a recipe.
+        """A recipe from text, a policy or a recipe; a preset's name may stand in a chain.
 
         Raises ValueError that restates the text and names the rule it breaks.
         """
@@ -86,7 +86,7 @@ class Recipe:
         except SyntaxError as error:
             raise ValueError(f"recipe {text!r} is not a chain of policies: {error.msg}") from None
         try:
-            return cls.of(*(_policy(node, text) for node in _chain(tree.body)))
+            return cls.of(*(p for node in _chain(tree.body) for p in _policies(node, text)))
         except ValueError as error:
             if repr(text) in str(error):
                 raise
@@ -129,6 +129,13 @@ def _chain(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
+def _policies(node: ast.expr, text: str) -> list[Policy]:
+    """One link of a chain: a policy, or all those of a preset."""
+    if isinstance(node, ast.Name) and node.id in registry.presets():
+        return Recipe.parse(node.id).policies
+    return [_policy(node, text)]
+
+
 def _policy(node: ast.expr, text: str) -> Policy:
     if isinstance(node, ast.Name):
         return _build(node.id, {}, text)
@@ -157,7 +164,8 @@ def _policy(node: ast.expr, text: str) -> Policy:
 def _build(name: str, given: dict[str, Any], text: str) -> Policy:
     known = registry.policies()
     if name not in known:
-        raise ValueError(f"recipe {text!r}: unknown method {name!r}{_hint(name, list(known))}")
+        names = [*known, *registry.presets()]
+        raise ValueError(f"recipe {text!r}: unknown method {name!r}{_hint(name, names)}")
     cls = known[name]
     parameters = [f.name for f in dataclasses.fields(cls)]
     for parameter in given:
