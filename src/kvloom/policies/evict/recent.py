@@ -35,6 +35,10 @@ class Recent(Scorer):
     def capacity(self) -> int | None:
         return self.window
 
+    @property
+    def oldest_first(self) -> bool:
+        return True
+
     def score(self, entries: Entries) -> Tensor:
         """The order of arrival."""
         steps = torch.arange(entries.valid.shape[-1], device=entries.valid.device)
