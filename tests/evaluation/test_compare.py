@@ -21,20 +21,11 @@ from tests.models import build, tokens
 
 
 def test_budgets_cross_the_recipes_that_need_one() -> None:
-    cells = cells_of(
-        [
-            "int4",
-            "h2o",
-            "h2o|int4 @ 10%",
-            "streaming_llm(recent=20)",
-            "recompute(window=9)",
-            "none",
-        ],
-        ["25%", "64tok", "25 %"],
-    )
+    recipes = ["int4", "h2o", "h2o|int4 @ 10%", "streaming_llm(recent=20)", "knorm(mode='once')"]
+    cells = cells_of([*recipes, "recompute(window=9)", "none"], ["25%", "64tok", "25 %"])
     assert [str(c) for c in cells] == [
         "none", "int4", "h2o @ 25%", "h2o @ 64tok", "h2o | int4 @ 10%", "streaming_llm(recent=20)",
-        "recompute(window=9, positions=500)",
+        "knorm(mode='once')", "recompute(window=9, positions=500)",
     ]  # fmt: skip
 
 

@@ -120,6 +120,4 @@ def cells_of(recipes: Sequence[str], budgets: Sequence[str] = ()) -> list[Cell]:
 
 def takes_budget(subject: Subject) -> bool:
     """Whether a subject evicts and leaves its size to a budget."""
-    if isinstance(subject, Recompute) or subject.scorer is None:
-        return False
-    return subject.evicts and subject.scorer.capacity is None
+    return not isinstance(subject, Recompute) and subject.takes_budget
