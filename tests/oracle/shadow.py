@@ -149,8 +149,15 @@ class ShadowLayer(CacheLayerMixin):
         """Position of every entry of every head."""
         return self.positions[:, None].expand(self.alive.shape)
 
-    def scores(self, logits: dict[str, Any]) -> Tensor:
+    def scores(self, logits: dict[str, Any], due: list[list[int] | None]) -> Tensor:
         """The scorer's own opinion, on the full cache: the dead are not valid, but in the way."""
+        B, H = self.alive.shape[:2]
+        target = torch.zeros(B, H, dtype=torch.int64)
+        for b, goals in enumerate(due):
+            sinks = len(self.pinned(b))
+            if goals is not None:
+                even = [(goals[0] - H * sinks) // H] * H
+                target[b] = torch.tensor(even if self.pools else [goal - sinks for goal in goals])
         valid, scorer = self.alive.clone(), self.cache.recipe.scorer
         for b in range(valid.shape[0]):
             for j in self.pinned(b):
@@ -169,6 +176,7 @@ class ShadowLayer(CacheLayerMixin):
             layers=self.cache.compressed,
             memory=self.memory,
             output_weight=weight,
+            target=target,
             rope=self.rope if "pre_rope_queries" in scorer.needs else None,
             **logits,
         )
@@ -229,15 +237,17 @@ class ShadowLayer(CacheLayerMixin):
     def evict(self, new: list[int], logits: dict[str, Any]) -> None:
         """`new`: valid tokens of this forward, per row."""
         capacities, alive, scores = self.capacities(), self.alive.tolist(), None
-        for b, heads in enumerate(alive):
+        lives = [[[j for j, live in enumerate(head) if live] for head in row] for row in alive]
+        due = []
+        for b, live in enumerate(lives):
             self.since[b] += new[b]
+            due.append(self.goals([len(head) for head in live], capacities[b], b, new[b]))
+        for b, (live, goals) in enumerate(zip(lives, due, strict=True)):
             pinned, lost = self.pinned(b), []
-            live = [[j for j, lives in enumerate(head) if lives] for head in heads]
-            goals = self.goals([len(head) for head in live], capacities[b], b, new[b])
             if goals is None:
                 continue
             self.since[b] = 0
-            scores = self.scores(logits).tolist() if scores is None else scores
+            scores = self.scores(logits, due).tolist() if scores is None else scores
             free = [[j for j in head if j not in pinned] for head in live]
             values = [
                 self.ranked(b, h, free[h], scores[b][h], self.protected(capacities[b], goals, b, h))

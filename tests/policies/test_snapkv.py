@@ -42,7 +42,7 @@ def snap(window, kernel, pooling, cap=None):
                     column[j] += w / sum(weights) / len(newest)
             column = column[: max(0, n - window)]
             for j in range(len(column)):
-                total[j] += pooled(column, j)
+                total[j] += pooled(column, j) / newest[0].shape[0]
         return total
 
     return scores

@@ -173,7 +173,10 @@ def show(method: Annotated[str, typer.Argument(help="A method or a preset.")]) -
             hint = f"; did you mean {close[0]!r}?" if close else "; see `kvloom list`"
             raise ValueError(f"unknown method {method!r}{hint}")
         cls = known[method]
-        needs = f", needs {', '.join(sorted(cls.needs))}" if cls.needs else ""
+        needed = (
+            cls.needs if isinstance(cls.needs, frozenset) else cls().needs
+        )  # of its default base
+        needs = f", needs {', '.join(sorted(needed))}" if needed else ""
         _show(out, cls, f"{cls.name}  ({cls.kind}{needs})")
 
 

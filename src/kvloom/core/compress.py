@@ -75,11 +75,12 @@ def _compress(
     protected = scorer.protected((target if scorer.sets_target else capacity) - pinned)
     if store.plan.pools:
         free = target - pinned.sum(1, keepdim=True)
-        protected = torch.minimum(protected, free // capacity.shape[1])
+        entries.target = (free // capacity.shape[1]).expand_as(capacity)
+        protected = torch.minimum(protected, entries.target)
         scores = scorer.rank(entries, protected)
         target = _split(store, scores, entries, free[:, 0], pinned, capacity, due)
     else:
-        target = target - pinned
+        target = entries.target = target - pinned
         scores = scorer.rank(entries, torch.minimum(protected, target))
     keep = select(scores, entries, target)
     if merger is not None:

@@ -27,6 +27,8 @@ class Entries:
         scale, softcap: of the attention logits, as the model last used them.
         output_weight: `[H, G, E, hidden]`, the part of the output projection that reads each query
             head, if the recipe needs it.
+        target: host int64 `[B, H]`, how many of them will stay; an even share if the heads pool
+            their budget.
         rope: the layer's rotation, if the recipe needs anything before rotation.
     """
 
@@ -43,6 +45,7 @@ class Entries:
     softcap: float | None = None
     output_weight: Tensor | None = None
     rope: RopeSpec | None = None
+    target: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:
