@@ -20,7 +20,7 @@ from kvloom.core.entries import Entries
 from kvloom.core.policy import Scorer, check, top_newest
 from kvloom.core.recipe import Recipe
 
-_BLOCK_ELEMENTS = 1 << 22  # projected values held at once: 16 MiB in fp32
+_BLOCK_ELEMENTS = 1 << 19  # projected values held at once: 2 MiB in fp32, which caches hold
 
 
 @cache
@@ -107,5 +107,5 @@ def _output_norm(entries: Entries) -> Tensor:
         for projection in weight[h].float():
             for i in range(0, S, step):
                 part = values[:, h, i : i + step].float() @ projection
-                norm[:, h, i : i + step] += part.abs().sum(-1)
+                norm[:, h, i : i + step] += part.abs_().sum(-1)
     return norm / weight.shape[1]
