@@ -31,6 +31,7 @@ class Stage:
 
     ``lengths`` and ``mixture`` are weights; each batch draws one length, each sequence one kind.
     ``phrasings`` limits facts to the first few ways of saying them; 0 means all, and questions too.
+    ``invented`` is the share of phrasings that are made up on the spot (``training.phrasings``).
     """
 
     until: int
@@ -38,6 +39,7 @@ class Stage:
     lengths: dict[int, float]
     mixture: dict[str, float]
     phrasings: int = 0
+    invented: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kvloom.testbed import phrases
 from kvloom.testbed.phrases import Fact
+from training import phrasings
 from training.config import Recipe
 from training.corpus import Corpus, Tokens
 from training.tokenizer import BEGIN_ID
@@ -25,12 +26,13 @@ from training.tokenizer import BEGIN_ID
 Batch = tuple[NDArray[np.int64], NDArray[np.float32]]
 KINDS = ("number", "number", "number", "code", "figure", "sum", "secret")
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+# The end of the line belongs to the answer: else nothing says where a value stops.
 LINES = (
-    ("\n{}:", " {}"),
-    ('\n"{}": "', '{}",'),
-    ("\nline {}: REGISTER_CONTENT is <", "{}>"),
-    ("\nThe value of {} is", " {}."),
-    ("\n{} =", " {}"),
+    ("{}:", " {}\n"),
+    ('"{}": "', '{}",\n'),
+    ("line {}: REGISTER_CONTENT is <", "{}>\n"),
+    ("The value of {} is", " {}.\n"),
+    ("{} =", " {}\n"),
 )
 Span = tuple[list[int], list[float]]
 Item = TypeVar("Item")
@@ -45,8 +47,12 @@ class Mixture:
         self.encode = lru_cache(maxsize=100_000)(self._encode)
         self.use_phrasings(0)
 
-    def use_phrasings(self, count: int) -> None:
-        """Limit facts to the first ``count`` statements; 0 brings all of them and the questions."""
+    def use_phrasings(self, count: int, invented: float = 0.0) -> None:
+        """Limit facts to the first ``count`` statements; 0 brings all of them and the questions.
+
+        ``invented`` is the share of phrasings that are made up instead.
+        """
+        self.invented = invented
         self.statements = phrases.STATEMENTS[: count or None]
         self.asks = self.statements if count else phrases.QUESTIONS + phrases.STATEMENTS
 
@@ -57,7 +63,7 @@ class Mixture:
         """Tokens and weights [B, T + 1] of one step of the run."""
         rng = random.Random(f"{self.recipe.seed} {step}")
         stage = self.recipe.stage(tokens_seen)
-        self.use_phrasings(stage.phrasings)
+        self.use_phrasings(stage.phrasings, stage.invented)
         length = draw(rng, stage.lengths)
         count = stage.batch_tokens // length
         rows = [self.sequence(rng, draw(rng, stage.mixture), length) for _ in range(count)]
@@ -168,9 +174,11 @@ class Mixture:
     def key_values(self, rng: random.Random, length: int) -> Span:
         """A list of keys and values, then keys from it whose values must be recalled."""
         line, answer = rng.choice(LINES)
-        listed, out = rng.uniform(0.15, 0.75) * length, Builder()
+        listed, out = 0.05 * 15 ** rng.random() * length, Builder()
         make_key, words = rng.choice((_word_key, _hex_key, _number_key)), rng.random() < 0.3
         table: dict[str, str] = {}
+        if rng.random() < 0.5:
+            out.add([*self.excerpt(rng, rng.randint(1, 12)), *self.encode("\n")], 0.0)
         while len(out.tokens) < listed or len(table) < 2:
             key = make_key(rng)
             if key not in table:
@@ -180,9 +188,12 @@ class Mixture:
         if rng.random() < 0.5:
             filler = self.excerpt(rng, int(rng.random() * 0.8 * max(1, length - len(out.tokens))))
             out.add(filler, 1.0)
-        keys = list(table)
+            out.add(self.encode("\n"), 0.0)
+        keys, blank = list(table), rng.random() < 0.3
         while len(out.tokens) < length:
             key = rng.choice(keys)
+            if blank:
+                out.add(self.encode("\n"), 0.0)
             out.add(self._encode(line.format(key)), 0.0)
             out.add(self._encode(answer.format(table[key])), self.recipe.answer_weight)
         return out.tokens, out.weights
@@ -190,7 +201,7 @@ class Mixture:
     # --- facts ---
 
     def _state(self, rng: random.Random, out: Builder, only: str | None = None) -> tuple[Fact, str]:
-        fact, phrasing = random_fact(rng), only or rng.choice(self.statements)
+        fact, phrasing = random_fact(rng), only or self._phrasing(rng, self.statements)
         out.add(self.encode("\n" + fact.prefix(phrasing)), 0.0)
         out.add(self.encode(f" {fact.value}"), 0.0)
         out.add(self.encode(".\n"), 0.0)
@@ -200,10 +211,16 @@ class Mixture:
         self, rng: random.Random, out: Builder, fact: Fact, stated: str, only: str | None = None
     ) -> None:
         """Ask as it was stated, or in any other way; the answer's tokens carry the weight."""
-        phrasing = only or (stated if rng.random() < 0.35 else rng.choice(self.asks))
+        phrasing = only or (stated if rng.random() < 0.35 else self._phrasing(rng, self.asks))
         out.add(self.encode("\n" + fact.prefix(phrasing)), 0.0)
         out.add(self.encode(f" {fact.value}"), self.recipe.answer_weight)
         out.add(self.encode(".\n"), 1.0)
+
+    def _phrasing(self, rng: random.Random, known: Sequence[str]) -> str:
+        """One of the known phrasings, or, at the stage's rate, one made up on the spot."""
+        if self.invented and rng.random() < self.invented:
+            return phrasings.invent(rng)
+        return rng.choice(known)
 
     def _weave(self, filler: list[int], events: list[tuple[float, Builder]]) -> Span:
         """Insert events into text: below 1 at that fraction of it, from 1 on after its end."""

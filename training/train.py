@@ -3,14 +3,16 @@
     python -m training.train training/recipes/cpu.toml --texts books.jsonl.xz --out DIR
 
 ``DIR`` receives ``data/`` (tokenizer and tokens, built once), ``checkpoints/``, ``log.csv`` and
-``pid``. SIGTERM or SIGINT saves and leaves; SIGSTOP and SIGCONT pause. One GPU is used if there is
-one. The schedule counts tokens, so that pauses and speed change nothing but the time it takes.
+``pid``. SIGTERM or SIGINT saves and leaves, and so does ``--minutes``; SIGSTOP and SIGCONT pause.
+One GPU is used if there is one. The schedule counts tokens, so that pauses and speed change nothing
+but the time it takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import math
 import os
 import signal
 import sys
@@ -77,7 +79,7 @@ class Trainer:
             counted = where_counted(weight)
             with self.autocast():
                 hidden = self.forward(part[:, :-1]).flatten(0, 1)
-                logits = self.model.logits(hidden[counted])
+                logits = self.model.logits(hidden.index_select(0, counted))
             labels = part[:, 1:].flatten()[counted]
             each = F.cross_entropy(logits.float(), labels, reduction="none")
             part_loss = (each * weight.flatten()[counted]).sum() / total
@@ -140,8 +142,8 @@ def resume(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return state
 
 
-def run(trainer: Trainer, out: Path, texts: Path) -> None:
-    """The loop: train, log, probe, save, until the schedule or a signal ends it."""
+def run(trainer: Trainer, out: Path, texts: Path, minutes: float = math.inf) -> None:
+    """The loop: train, log, probe, save, until the schedule, a signal or the time ends it."""
     folder, recipe = out / "checkpoints", trainer.recipe
     state = resume(trainer, folder)
     stop = StopSignal()
@@ -157,7 +159,7 @@ def run(trainer: Trainer, out: Path, texts: Path) -> None:
             }
             checkpoint.save(folder, trainer.step, trainer.tensors(), meta)
 
-        saved = time.monotonic()
+        saved = started = time.monotonic()
         for batch in batches(trainer.data, recipe, trainer.step, trainer.tokens, texts, out):
             length = batch[0].shape[1] - 1
             table.add(trainer.train_step(batch), length, batch[1][:, 1:].size)
@@ -167,10 +169,11 @@ def run(trainer: Trainer, out: Path, texts: Path) -> None:
                     with trainer.autocast():
                         measured = probe(trainer.model, trainer.data, length, trainer.device)
                 table.write(trainer.step, trainer.tokens, recipe, measured)
-            if stop.asked or time.monotonic() - saved > recipe.save_seconds:
+            over = stop.asked or time.monotonic() - started > 60 * minutes
+            if over or time.monotonic() - saved > recipe.save_seconds:
                 save()
                 saved = time.monotonic()
-            if stop.asked:
+            if over:
                 return
         save()
 
@@ -208,14 +211,16 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder, .jsonl, .jsonl.xz, text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="save and leave after")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
     recipe = config.load(args.recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Bit-identical resumption on a CPU; on a GPU it would cost speed and not hold for every kernel.
+    torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     with only_one(args.out):
         data = corpus.prepare(args.texts, args.out / "data", recipe.model.vocab)
-        run(Trainer(recipe, data, device), args.out, args.texts)
+        run(Trainer(recipe, data, device), args.out, args.texts, args.minutes)
 
 
 if __name__ == "__main__":

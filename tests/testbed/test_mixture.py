@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from training import phrasings
 from training.batches import schedule
 from training.config import Recipe
 from training.corpus import Corpus
@@ -89,6 +90,33 @@ def test_a_stage_can_limit_the_ways_of_saying_a_fact(corpus: Corpus, recipe: Rec
     text = corpus.tokenizer.decode(tokens)
     assert text.count("\nThe ") > 5
     assert not any(p.split("{")[0] in text for p in phrases.QUESTIONS if not p.startswith("{"))
+
+
+def test_a_stage_can_make_up_ways_of_saying_a_fact(corpus: Corpus, recipe: Recipe) -> None:
+    made_up = Mixture(corpus, recipe)
+    made_up.use_phrasings(0, invented=1.0)
+    tokens, _ = made_up.sequence(random.Random(2), "needle", 256)
+    text = corpus.tokenizer.decode(tokens)
+    starts = {p.split("{")[0] for p in phrases.STATEMENTS + phrases.QUESTIONS}
+    lines = [line for line in text.splitlines() if line.rstrip(".")[-1:].isdigit()]
+    assert len(lines) >= 2
+    assert not any(line.startswith(start) for line in lines for start in starts if start)
+
+
+def test_made_up_phrasings_are_many_and_none_is_kept_for_the_test() -> None:
+    made = {phrasings.invent(random.Random(seed)) for seed in range(3000)}
+    assert len(made) > 2000
+    assert all("{name}" in phrasing and "{thing}" in phrasing for phrasing in made)
+    unseen = phrases.UNSEEN_STATEMENTS + phrases.UNSEEN_QUESTIONS
+    openings = [phrasing.split("{")[0].strip() for phrasing in unseen]
+    assert not any(opening in phrasing for phrasing in made for opening in openings)
+
+
+def test_the_end_of_a_listed_value_counts(mixture: Mixture, corpus: Corpus) -> None:
+    for seed in range(10):
+        tokens, weights = mixture.sequence(random.Random(seed), "key_values", 900)
+        spans = answer_spans(weights)
+        assert spans and all(corpus.tokenizer.decode(tokens[a:b])[-1] == "\n" for a, b in spans)
 
 
 def answer_spans(weights: list[float]) -> list[tuple[int, int]]:

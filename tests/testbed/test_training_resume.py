@@ -62,6 +62,19 @@ def test_a_terminated_run_goes_on_bit_identically(
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+def test_a_run_ends_when_its_time_is_over_and_goes_on_later(
+    corpus: Corpus, recipe: Recipe, tmp_path: Path
+) -> None:
+    straight = train(corpus, recipe, tmp_path / "straight")
+    out = tmp_path / "segments"
+    out.mkdir()
+    for steps in range(1, 7):
+        trainer = Trainer(recipe, corpus, CPU)
+        run(trainer, out, out, minutes=0)
+        assert trainer.step == steps
+    assert all(torch.equal(straight[name], t) for name, t in trainer.tensors().items())
+
+
 def test_the_log_repeats_no_step_after_a_resume(
     corpus: Corpus, recipe: Recipe, tmp_path: Path
 ) -> None:
