@@ -52,6 +52,7 @@ format: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases training tests/testbed
 
 $(READY): pyproject.toml constraints.txt
 	@echo 'Setting up .venv (once; torch takes a minute or two)'

@@ -26,7 +26,8 @@ caches: it writes plausible sentences and finds planted facts, and knows nothing
 
 {tokens:,} tokens ({share:.0f} % of a schedule of {planned:,}) in {hours:.1f} hours on {machine},
 seed {seed}, torch {torch}, tokenizers {tokenizers}, Python {python}. The recipe is in
-`training.json` beside this card, word for word; `training/` in the repository runs it.
+`training.json` beside this card, word for word, with those of earlier parts of the run if there were
+any; `training/` in the repository runs it.
 {remarks}
 Data: English novels in the public domain (computationalstylistics/100_english_novels and
 dbamman/litbank; litbank's collection is CC BY 4.0), and the Python standard library's sources and
@@ -36,13 +37,14 @@ spans. Synthetic sequences count in the loss only where looking back can predict
 start short and grow; matrices are trained with Muon, everything else with AdamW.
 {weights}
 
-{measured}
+{measured}{judged}
 ## Limits
 
 - English prose of the 19th century and Python; anything else is foreign to it.
-- Facts of the form `name, thing, value` are what it retrieves; it does not answer free questions.
-- Figures above are with a dense cache in float32. Beyond the longest length
-  trained, {longest:,} tokens, it falls apart.
+- Facts of the form `name, thing, value` and lists of keys and values are what it retrieves; it does
+  not answer free questions.
+- Figures above are with a dense cache in float32. Beyond the longest length trained, {longest:,}
+  tokens, it falls apart.
 - Being small, it has few heads: a method that relies on many specialised heads shows less here
   than in a large model.
 """
@@ -69,9 +71,19 @@ def card(made: dict[str, Any], recipe: Recipe, measured: dict[str, Any] | None) 
         remarks="".join(f"{remark}\n" for remark in remarks if remark),
         weights="The weights are the running average of the trained ones." if averaged else "",
         measured=report.evaluation(measured) if measured else "Not evaluated yet.\n",
+        judged=AIMS.format(report.targets(measured, versions["machine"] != "CPU"))
+        if measured
+        else "",
     )
 
 
+AIMS = """
+## What was set out to be reached
+
+By the figures above, as measured.
+
+{}
+"""
 UNFINISHED = """**The schedule is not finished**: the learning rate has not been lowered to its end
 and later stages have not been seen. The figures below are of these weights as they are."""
 

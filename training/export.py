@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,17 @@ def llama_config(model: config.ModelConfig) -> LlamaConfig:
 
 
 def export(
-    run: Path, recipe_path: Path, target: Path, weights: str = "average", note: str = ""
+    run: Path,
+    recipe_path: Path,
+    target: Path,
+    weights: str = "average",
+    note: str = "",
+    earlier: Sequence[Path] = (),
 ) -> None:
-    """Write the newest checkpoint of ``run`` to ``target``; ``note`` goes into the card."""
+    """Write the newest checkpoint of ``run`` to ``target``; ``note`` goes into the card.
+
+    ``earlier`` are the recipes of the parts of the run before this one, recorded beside its own.
+    """
     recipe = config.load(recipe_path)
     newest = checkpoint.steps(run / "checkpoints")[-1]
     tensors, state = checkpoint.load(newest)
@@ -75,6 +84,7 @@ def export(
         **state,
     }
     made |= {"planned_tokens": recipe.total, "recipe": recipe_path.read_text()}
+    made["earlier_recipes"] = [path.read_text() for path in earlier]
     (target / "training.json").write_text(json.dumps(made, indent=1))
     (target / "MODEL_CARD.md").write_text(card.card(made, recipe, _measured(target)))
 
@@ -105,8 +115,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=WEIGHTS)
     parser.add_argument("--weights", choices=("average", "model"), default="average")
     parser.add_argument("--note", default="", help="what the card should say about this run")
+    parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="recipes before this")
     args = parser.parse_args()
-    export(args.run, args.recipe, args.to, args.weights, args.note)
+    export(args.run, args.recipe, args.to, args.weights, args.note, args.earlier)
 
 
 if __name__ == "__main__":

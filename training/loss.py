@@ -46,7 +46,7 @@ def token_losses(model: Any, ids: Sequence[int]) -> Tensor:
 
 
 def loss_per_byte(
-    model: Any, tokenizer: Any, documents: Sequence[str], length: int, count: int = 32
+    model: Any, tokenizer: Any, documents: Sequence[str], length: int, count: int = 64
 ) -> dict[str, Any]:
     """Bits per byte and perplexity of the first 1,024 tokens; bits per byte by position."""
     sizes, rows = byte_lengths(tokenizer), windows(tokenizer, documents, length, count)
@@ -68,7 +68,7 @@ def loss_per_byte(
 
 
 def loss_by_context(
-    model: Any, tokenizer: Any, documents: Sequence[str], lengths: Sequence[int], count: int = 32
+    model: Any, tokenizer: Any, documents: Sequence[str], lengths: Sequence[int], count: int = 64
 ) -> dict[str, float]:
     """Bits per byte of the *same* 128 last tokens of each window, given more and more context.
 

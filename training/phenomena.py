@@ -85,12 +85,18 @@ def _aligned(tokenizer: Any, task: tasks.Task) -> tuple[list[int], int]:
 
 @torch.no_grad()
 def channels(model: Any, rows: Sequence[list[int]]) -> dict[str, Any]:
-    """Largest over median channel magnitude of keys and values [L][Hkv], cached as they are."""
+    """Mean magnitudes of key and value channels [L][Hkv][D] as they are cached, with RoPE.
+
+    Largest over median of them [L][Hkv] says how unequal they are.
+    """
     caches = [model(torch.tensor([ids], device=model.device)).past_key_values for ids in rows]
     layers = range(len(caches[0].layers))
-    keys = torch.stack([_spread([c.layers[i].keys for c in caches]) for i in layers])
-    values = torch.stack([_spread([c.layers[i].values for c in caches]) for i in layers])
+    key_size = torch.stack([_magnitude([c.layers[i].keys for c in caches]) for i in layers])
+    value_size = torch.stack([_magnitude([c.layers[i].values for c in caches]) for i in layers])
+    keys, values = _spread(key_size), _spread(value_size)
     return {
+        "key_magnitude": [_table(layer) for layer in key_size],
+        "value_magnitude": [_table(layer) for layer in value_size],
         "keys": _table(keys),
         "values": _table(values),
         "mean_keys": round(keys.mean().item(), 2),
@@ -98,10 +104,14 @@ def channels(model: Any, rows: Sequence[list[int]]) -> dict[str, Any]:
     }
 
 
-def _spread(states: Sequence[Tensor]) -> Tensor:
-    """Max / median over channels of the mean magnitude, per KV head; sinks are left out."""
-    magnitude = torch.cat([s[0, :, 4:] for s in states], dim=1).abs().mean(1)
-    return (magnitude.amax(-1) / magnitude.median(-1).values).cpu()
+def _magnitude(states: Sequence[Tensor]) -> Tensor:
+    """Mean magnitude of every channel [Hkv, D]; sinks are left out."""
+    return torch.cat([s[0, :, 4:] for s in states], dim=1).abs().mean(1).cpu()
+
+
+def _spread(magnitude: Tensor) -> Tensor:
+    """Max / median over channels [L, Hkv]."""
+    return magnitude.amax(-1) / magnitude.median(-1).values
 
 
 def _attentions(model: Any, ids: Sequence[int]) -> Tensor:

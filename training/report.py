@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 
@@ -15,15 +17,65 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Where the true share lies with 95 % confidence (Wilson's interval)."""
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    spread /= 1 + z * z / count
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
+def with_interval(share: float, count: int) -> str:
+    low, high = interval(share, count)
+    return f"{percent(share)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def recall(results: dict[str, Any]) -> str:
-    """Recall by length, and the same by number of facts for the unseen phrasings."""
+    """Recall by length with intervals, and by number of facts for the unseen phrasings."""
     rows = []
     for length, by in results["recall"].items():
-        seen, unseen = by["seen"], by["unseen"]
+        unseen = by["unseen"]
+        both = [with_interval(kind["all"], kind["count"]) for kind in (by["seen"], unseen)]
         facts = [percent(unseen[f"facts {n}"]) for n in (1, 2, 3, 4)]
-        rows.append([length, percent(seen["all"]), percent(unseen["all"]), *facts, seen["count"]])
-    head = ["tokens", "seen phrasings", "unseen phrasings", "1 fact", "2", "3", "4 facts", "tasks"]
-    return table([*head[:-1], "tasks per column 2, 3"], rows)
+        rows.append([length, *both, *facts, unseen["count"]])
+    head = ["tokens", "seen phrasings", "unseen phrasings", "1 fact", "2", "3", "4 facts"]
+    return table([*head, "tasks per kind of phrasing"], rows)
+
+
+def key_values(results: dict[str, Any]) -> str:
+    rows = [
+        [pairs, by["tokens"], with_interval(by["all"], by["count"]), by["count"]]
+        for pairs, by in results["key_value"].items()
+    ]
+    return table(["keys", "tokens", "exact values", "tasks"], rows)
+
+
+CPU_TARGETS = {"512": 0.95, "1024": 0.95, "2048": 0.90}
+GPU_TARGETS = {"512": 0.98, "1024": 0.98, "2048": 0.98, "4096": 0.90}
+
+
+def targets(results: dict[str, Any], gpu: bool) -> str:
+    """What was set out to be reached, and whether it was: by the figures as measured."""
+    rows = []
+    for length, least in (GPU_TARGETS if gpu else CPU_TARGETS).items():
+        for kind in ("seen", "unseen"):
+            if length in results["recall"]:
+                share = results["recall"][length][kind]["all"]
+                aim = f"recall at {length} tokens, {kind} phrasings"
+                rows.append(
+                    [aim, f"at least {percent(least)}", percent(share), _met(share >= least)]
+                )
+    last = 2048 if gpu else 1024
+    for name, by in results["loss_by_context"].items():
+        bits = [value for length, value in by.items() if int(length) <= last]
+        falls = all(after < before for before, after in pairwise(bits))
+        measured = ", ".join(f"{value:.3f}" for value in bits)
+        rows.append([f"bits per byte, {name}", f"fall up to {last} tokens", measured, _met(falls)])
+    return table(["aim", "set", "measured", ""], rows)
+
+
+def _met(reached: bool) -> str:
+    return "reached" if reached else "**missed**"
 
 
 def losses(results: dict[str, Any]) -> str:
@@ -74,22 +126,36 @@ def phenomena(results: dict[str, Any]) -> str:
 
 def evaluation(results: dict[str, Any]) -> str:
     """The whole evaluation as one page."""
-    key_value = ", ".join(f"{n} keys {percent(s)}" for n, s in results["key_value"].items())
     return "\n\n".join(
         [
             "## Needle recall\n\nExact five-digit numbers by greedy generation with a dense cache, "
-            "depths 0 to 100 %, one of 1 to 4 planted facts asked. Columns by facts: unseen "
-            "phrasings.",
+            "depths 0 to 100 %, one of 1 to 4 planted facts asked. In brackets the 95 % interval. "
+            "Columns by facts: unseen phrasings.",
             recall(results),
-            f"Key-value lists: {key_value}.",
+            figure("recall", "Recall by depth and length"),
+            "## Key-value lists\n\nLines of `key: value` with five-digit values, one key asked at the "
+            "end. Keys share their parts with other keys.",
+            key_values(results),
             "## Loss on held-out text\n\nOverall over the first 1,024 tokens; the columns by context "
             "give the bits per byte of the same 128 tokens after that many tokens in all.",
             losses(results),
             "Bits per byte by position in the window:",
             positions(results),
-            f"## Phenomena\n\n{phenomena(results)}\n",
+            figure("loss", "Loss by context and position"),
+            f"## Phenomena\n\n{phenomena(results)}",
+            "Attention mass on the first tokens:",
+            figure("first_tokens", "Attention mass on the first four tokens by head"),
+            "Retrieval heads:",
+            figure("retrieval_heads", "Retrieval score by head"),
+            "Magnitudes of key and value channels:",
+            figure("key_channels", "Mean magnitude of key and value channels") + "\n",
         ]
     )
+
+
+def figure(name: str, words: str) -> str:
+    """A figure of ``training.figures``, which lies beside the page."""
+    return f"![{words}](figures/{name}.png)"
 
 
 def _row(values: Sequence[float]) -> str:

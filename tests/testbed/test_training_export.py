@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import checkpoint, config, export, report
+from training import checkpoint, config, export, figures, report
 from training.corpus import Corpus
 from training.evaluate import evaluate
 from training.train import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "cpu.toml"
+SMALL = RECIPE.with_name("cpu_small.toml")
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +62,41 @@ def test_the_card_names_what_is_unfinished(exported: tuple[Trainer, Path]) -> No
     assert json.loads((exported[1] / "training.json").read_text())["tokens"] == 512
 
 
-def test_an_evaluation_can_be_read_as_a_page(exported: tuple[Trainer, Path]) -> None:
+def test_recipes_of_earlier_parts_are_recorded(
+    exported: tuple[Trainer, Path], recipe: config.Recipe, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "load", lambda path: recipe)
+        export.export(exported[1].parent, RECIPE, tmp_path, note="Two parts.", earlier=[SMALL])
+    made = json.loads((tmp_path / "training.json").read_text())
+    assert made["recipe"] == RECIPE.read_text()
+    assert made["earlier_recipes"] == [SMALL.read_text()]
+    assert "Two parts." in (tmp_path / "MODEL_CARD.md").read_text()
+
+
+def test_an_evaluation_can_be_read_as_a_page(
+    exported: tuple[Trainer, Path], tmp_path: Path
+) -> None:
     folder = exported[1]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.phenomena.LENGTH", 200)
         patch.setattr("training.phenomena.retrieval_heads", no_retrieval_heads)
-        patch.setattr("training.evaluate.key_value_recall", lambda *_: {"8": 0.0})
-        results = evaluate(model, tokenizer, [], [192, 256], depths=1)
-    page = report.evaluation(json.loads(json.dumps(results)))
-    assert "| 256 | 0.0 % | 0.0 % |" in page
+        patch.setattr("training.evaluate.key_value_recall", lambda *_: KEY_VALUES)
+        results = evaluate(model, tokenizer, [], [192, 256], depths=2, rounds=2)
+    results = json.loads(json.dumps(results))
+    page = report.evaluation(results)
+    assert "| 256 | 0.0 % (0.0 to 19.4) | 0.0 % (0.0 to 19.4) |" in page
+    assert "| 8 | 100 | 25.0 % (14.2 to 40.2) | 40 |" in page
+    for path in figures.draw(results, tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG") and f"/{path.name})" in page
     assert 0 < results["phenomena"]["sinks"]["mean_first_four"] < 0.5
     by_position = results["loss"]["held-out stdlib"]["bits_per_byte_by_position"]
     assert list(by_position) == ["0-64", "64-128", "128-256"]
+
+
+KEY_VALUES = {"8": {"all": 0.25, "count": 40, "tokens": 100}}
 
 
 def no_retrieval_heads(*_: object) -> dict[str, object]:
@@ -82,7 +104,31 @@ def no_retrieval_heads(*_: object) -> dict[str, object]:
 
 
 def test_the_recipes_in_the_repository_are_valid() -> None:
-    for path in sorted(RECIPE.parent.glob("*.toml")):
-        recipe = config.load(path)
-        longest = max(max(stage.lengths) for stage in recipe.stages)
-        assert (recipe.total >= 100_000_000) == (longest == 4096)
+    recipes = {path.stem: config.load(path) for path in RECIPE.parent.glob("*.toml")}
+    for recipe in recipes.values():
+        assert recipe.model.head_dim == 64 and recipe.model.heads > recipe.model.kv_heads
+    for name in ("cpu", "cpu_ship", "gpu"):
+        assert max(recipes[name].stages[-1].lengths) == 4096
+    assert min(recipes["cpu"].total, recipes["gpu"].total) >= 100_000_000
+    assert recipes["cpu_ship"].model == recipes["cpu"].model
+
+
+def test_the_card_says_which_aims_were_missed() -> None:
+    def both(share: float) -> dict[str, dict[str, float]]:
+        return {kind: {"all": share} for kind in ("seen", "unseen")}
+
+    results = {
+        "recall": {"512": both(1.0), "1024": both(0.94), "2048": both(0.9)},
+        "loss_by_context": {"prose": {"512": 1.2, "1024": 1.1, "2048": 1.3}},
+    }
+    cpu, gpu = (report.targets(results, gpu) for gpu in (False, True))
+    assert cpu.count("reached") == 5 and cpu.count("**missed**") == 2
+    assert "| at least 95.0 % | 94.0 % | **missed** |" in cpu
+    assert gpu.count("**missed**") == 5 and "1.200, 1.100, 1.300" in gpu
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"), [(1.0, 132, 0.9717, 1.0), (0.5, 40, 0.3520, 0.6480)]
+)
+def test_intervals_are_wilsons(share: float, count: int, low: float, high: float) -> None:
+    assert report.interval(share, count) == pytest.approx((low, high), abs=1e-4)
