@@ -13,10 +13,12 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from kvloom.core import registry
 from kvloom.core.budget import Budget
 from kvloom.core.policy import Allocator, Merger, Policy, Scorer
 from kvloom.core.recipe import Recipe
-from kvloom.core.registry import policies, presets, register
+from kvloom.core.registry import policies as methods
+from kvloom.core.registry import presets, register
 from kvloom.core.schedule import Lazy
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "Allocator", "Budget", "CompressedCache", "Lazy", "Merger", "Policy", "Recipe", "Scorer",
-    "policies", "presets", "register",
+    "methods", "presets", "register",
 ]  # fmt: skip
 
 
@@ -38,7 +40,7 @@ def __getattr__(name: str) -> Any:
         from kvloom.hf.cache import CompressedCache
 
         return CompressedCache
-    for policy in policies().values():  # H2O, Int4, ...: discovered, not listed
+    for policy in registry.policies().values():  # H2O, Int4, ...: discovered, not listed
         if policy.__name__ == name:
             return policy
     raise AttributeError(f"module 'kvloom' has no attribute {name!r}")

@@ -132,7 +132,7 @@ def test_three_blocks_join_in_any_grouping(data):
 
 def test_join_takes_the_dtype_of_the_first():
     other = block_of([[[3]]])
-    other.keys = other.keys.double()
+    other = Block(other.keys.double(), other.values, other.count, other.meta)
     assert block_of([[[1]]]).join(other).keys.dtype == torch.float32
 
 

@@ -37,7 +37,7 @@ from kvloom.hf.rope import rope_of
 from tests.oracle.mergers import Centroids, Folded
 
 NAME = "shadow_oracle"
-REFRESH = 16  # tokens after which a percentage is worked out again
+REFRESH = 16  # a percentage is worked out again at multiples of this many tokens
 
 
 class ShadowLayer(CacheLayerMixin):
@@ -58,9 +58,8 @@ class ShadowLayer(CacheLayerMixin):
         self.unsealed = [[[] for _ in range(H)] for _ in range(B)]
         self.tile = [[{} for _ in range(H)] for _ in range(B)]
         self.folded = [[Folded() for _ in range(H)] for _ in range(B)]
-        self.since = [0] * B
+        self.since = [[0] * H for _ in range(B)]
         self.held: Tensor | None = None
-        self.held_at = 0
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *a: Any, **k: Any) -> Any:
@@ -90,12 +89,12 @@ class ShadowLayer(CacheLayerMixin):
             setattr(self, name, getattr(self, name)[beam_idx])
         self.state = {n: x[beam_idx] for n, x in self.state.items()}
         self.memory = {n: x[beam_idx] for n, x in self.memory.items()}
-        self.held = None if self.held is None else self.held[beam_idx]
         rows = beam_idx.tolist()
+        self.held = None if self.held is None else self.held[beam_idx]
         self.unsealed = [[list(h) for h in self.unsealed[i]] for i in rows]
         self.tile = [[dict(h) for h in self.tile[i]] for i in rows]
         self.folded = [[h.copy() for h in self.folded[i]] for i in rows]
-        self.since = [self.since[i] for i in rows]
+        self.since = [list(self.since[i]) for i in rows]
 
     # -- what the methods see --------------------------------------------------------------------
 
@@ -196,11 +195,9 @@ class ShadowLayer(CacheLayerMixin):
                 for share in shares(self.cache.compressed, H)[self.index].tolist()
             ]
             return [row] * B
-        stale = budget.kind == "share" and int(seen.max()) - self.held_at >= REFRESH
-        if self.held is None or stale:
-            fresh = self.plan.capacity(seen)
-            self.held = fresh if self.held is None else torch.maximum(fresh, self.held)
-            self.held_at = int(seen.max())
+        step = REFRESH if budget.kind == "share" else 1
+        fresh = self.plan.capacity(seen // step * step)
+        self.held = fresh if self.held is None else torch.maximum(fresh, self.held)
         return self.held.tolist()
 
     @cached_property
@@ -214,7 +211,7 @@ class ShadowLayer(CacheLayerMixin):
             other_elements=2 * H * self.keys.shape[3] * cache.windows,
         )  # fmt: skip
 
-    def goal(self, length: int, capacity: int, b: int, new: int, cells: int = 1) -> int:
+    def goal(self, length: int, capacity: int, b: int, new: int, since: int, cells: int = 1) -> int:
         """Entries to keep of `length`, for `cells` heads together; `length` if nothing is due."""
         schedule = self.cache.recipe.schedule
         every, slack = schedule.every * cells, schedule.slack * cells
@@ -226,7 +223,7 @@ class ShadowLayer(CacheLayerMixin):
         if every == 0 or over < max(every, 1):
             return length
         if schedule.rule == "final":
-            if self.since[b] < schedule.every:
+            if since < schedule.every:
                 return length
             slack -= every - cells
             return max(capacity, min(length - drop, capacity + slack))
@@ -240,13 +237,15 @@ class ShadowLayer(CacheLayerMixin):
         lives = [[[j for j, live in enumerate(head) if live] for head in row] for row in alive]
         due = []
         for b, live in enumerate(lives):
-            self.since[b] += new[b]
+            self.since[b] = [n + new[b] for n in self.since[b]]
             due.append(self.goals([len(head) for head in live], capacities[b], b, new[b]))
         for b, (live, goals) in enumerate(zip(lives, due, strict=True)):
             pinned, lost = self.pinned(b), []
             if goals is None:
                 continue
-            self.since[b] = 0
+            lengths = [len(head) for head in live]
+            for h, (n, goal) in enumerate(zip(lengths, goals * len(live), strict=False)):
+                self.since[b][h] = 0 if self.pools or goal != n else self.since[b][h]
             scores = self.scores(logits, due).tolist() if scores is None else scores
             free = [[j for j in head if j not in pinned] for head in live]
             values = [
@@ -270,9 +269,11 @@ class ShadowLayer(CacheLayerMixin):
     def goals(self, lengths: list[int], capacity: list[int], b: int, new: int) -> list[int] | None:
         """Entries to keep per head, or of all heads together; None if nothing is due."""
         if self.pools:
-            total = self.goal(sum(lengths), sum(capacity), b, new, len(lengths))
+            since = min(self.since[b])
+            total = self.goal(sum(lengths), sum(capacity), b, new, since, len(lengths))
             return None if total == sum(lengths) else [total]
-        goals = [self.goal(n, c, b, new) for n, c in zip(lengths, capacity, strict=True)]
+        heads = zip(lengths, capacity, self.since[b], strict=True)
+        goals = [self.goal(n, c, b, new, since) for n, c, since in heads]
         return None if goals == lengths else goals
 
     def protected(self, capacity: list[int], goals: list[int], b: int, h: int) -> int:

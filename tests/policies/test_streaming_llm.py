@@ -85,9 +85,11 @@ def test_lazy_pruning_in_a_cache(rule, R, slack, drop):
 
 
 def test_score_is_the_order_of_arrival():
-    valid = torch.ones(2, 1, 5, dtype=torch.bool)
+    """Counted in entries, not in slots: heads hold theirs in different places."""
+    valid = torch.tensor([[[1, 1, 1, 1, 1]], [[1, 0, 1, 1, 0]]], dtype=torch.bool)
     scores = StreamingLLM().score(Entries(valid, {}, lambda: None, lambda: None))
-    assert scores.tolist() == [[[0, 1, 2, 3, 4]]] * 2
+    assert scores[0].tolist() == [[-5, -4, -3, -2, -1]]
+    assert scores[1, 0, valid[1, 0]].tolist() == [-3, -2, -1]
 
 
 def test_capacity_is_stated_or_left_to_the_budget():

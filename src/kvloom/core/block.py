@@ -42,15 +42,37 @@ class Block:
         count: host int64 `[B, H]`, how many of the C slots are in use.
         meta: per-slot tensors `[B, H, C]`: `positions`, `mass` (log), and scorers' slot state.
         size: the common value of `count`, or None if it is ragged. longest: its maximum.
+
+    A ragged block can be packed: then only the slots in use are held, side by side, until keys,
+    values or meta are looked at.
     """
 
-    __slots__ = ("_count", "keys", "longest", "meta", "size", "values")
+    __slots__ = ("_count", "_flat", "_keys", "_meta", "_values", "longest", "size")
 
     def __init__(
         self, keys: Tensor, values: Tensor, count: Tensor, meta: dict[str, Tensor] | None = None
     ):
-        self.keys, self.values, self.meta = keys, values, {} if meta is None else meta
+        self._keys, self._values, self._meta = keys, values, {} if meta is None else meta
+        self._flat: list[Tensor] | None = None
         self.count = count
+
+    @property
+    def keys(self) -> Tensor:
+        if self._flat is not None:
+            self._spread(self._flat)
+        return self._keys
+
+    @property
+    def values(self) -> Tensor:
+        if self._flat is not None:
+            self._spread(self._flat)
+        return self._values
+
+    @property
+    def meta(self) -> dict[str, Tensor]:
+        if self._flat is not None:
+            self._spread(self._flat)
+        return self._meta
 
     @classmethod
     def token(cls, keys: Tensor, values: Tensor, one: Tensor, meta: dict[str, Tensor]) -> Block:
@@ -58,7 +80,7 @@ class Block:
         every microsecond).
         """
         block = cls.__new__(cls)
-        block.keys, block.values, block.meta = keys, values, meta
+        block._keys, block._values, block._meta, block._flat = keys, values, meta, None
         block._count, block.size, block.longest = one, 1, 1
         return block
 
@@ -76,11 +98,45 @@ class Block:
 
     @property
     def capacity(self) -> int:
-        """Slots allocated."""
-        return self.keys.shape[2]
+        """Slots per head, allocated or (if packed) to be."""
+        return self.longest if self._flat is not None else self._keys.shape[2]
 
     def tensors(self) -> list[Tensor]:
-        return [self.keys, self.values, self.count, *self.meta.values()]
+        """What is held; looking at it does not unpack."""
+        if self._flat is not None:
+            return [*self._flat, self.count]
+        return [self._keys, self._values, self.count, *self._meta.values()]
+
+    def pack(self) -> None:
+        """If ragged, hold only the slots in use, so that no head pays for the longest one."""
+        if self.size is not None or self._flat is not None:
+            return
+        used = self._used(self.capacity)
+        parts = [self._keys, self._values, *self._meta.values()]
+        self._flat = [x.flatten(0, 2).index_select(0, used) for x in parts]
+        shape = self._keys.shape
+        self._keys, self._values = (x.new_empty(*shape[:2], 0, x.shape[3]) for x in parts[:2])
+        self._meta = {name: x[:, :, :0].clone() for name, x in self._meta.items()}
+
+    def _spread(self, flat: list[Tensor]) -> None:
+        """Undo `pack`, with room for at least one more entry per head."""
+        self._flat, room = None, -(-(self.longest + 1) // GRANULE) * GRANULE
+        used = self._used(room)
+
+        def spread(template: Tensor, x: Tensor) -> Tensor:
+            out = new_like(template, room).zero_()
+            out.flatten(0, 2).index_copy_(0, used, x)
+            return out
+
+        self._keys, self._values = spread(self._keys, flat[0]), spread(self._values, flat[1])
+        self._meta = {
+            n: spread(self._meta[n], x) for n, x in zip(self._meta, flat[2:], strict=True)
+        }
+
+    def _used(self, capacity: int) -> Tensor:
+        """Indices of the slots in use among all `B * H * capacity`; the device is not waited for."""
+        slots = torch.arange(capacity) < self.count[..., None]
+        return slots.flatten().nonzero().flatten().to(self._keys.device)
 
     def valid(self, slots: int | None = None) -> Tensor:
         """Which of the first `slots` slots are real: bool `[B, H, slots]` on the keys' device."""

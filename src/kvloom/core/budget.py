@@ -7,6 +7,7 @@ kept as a ceiling in bytes after every commit.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import ClassVar
@@ -68,8 +69,8 @@ class Budget:
 class CellCost:
     """What the entries of a layer cost at most, after a commit.
 
-    A cell is one (row, KV head). Exact tiers and per-slot metadata are rectangular tensors, so every
-    cell reserves what the largest one needs; sealed pages are counted cell by cell.
+    A cell is one (row, KV head). Tails and sealed pages are counted cell by cell; per-slot metadata
+    of pages is rectangular, so every cell pays for the largest one's.
 
     Attributes:
         sinks, centroids: exact slots reserved from the start.
@@ -78,6 +79,8 @@ class CellCost:
         page: bytes of one sealed page. page_meta: bytes of its per-slot metadata.
         overhead: bytes of host counters and page tables.
         dense_slot: bytes of a token in a 16-bit dense cache.
+        shrinks: whether a cell may come to hold less than it once sealed, as where heads pool their
+            budget: then even a few entries may occupy a page.
     """
 
     sinks: int
@@ -89,29 +92,51 @@ class CellCost:
     page_meta: int
     overhead: int
     dense_slot: int
+    shrinks: bool = False
 
     # Dead slots beyond the page that they share with live ones: compaction waits until half a page
-    # per cell can be saved on average (`LayerStore._reclaim`).
+    # per cell can be saved on average (`LayerStore.reclaim`).
     WAITING_PAGES: ClassVar[float] = 0.5
     # Metadata of pages that cells of unequal length leave unused before compaction sets in.
     IDLE_META_PAGES: ClassVar[int] = 2
 
-    def nbytes(self, peaks: Tensor, largest: int | None = None) -> int:
+    def nbytes(self, peaks: Tensor, largest: int | None = None, widest: int = 0) -> int:
         """Upper bound of a layer's bytes when its cells hold at most `peaks` (sinks included).
 
         If the cells share the sum of `peaks` among them, `largest` is the most that one may hold.
+        `widest` is that of cells which share the layer's rectangular metadata with these.
         The tail fills while the pages wait and the other way round, so the worst split counts.
         """
         free = [max(0, n - self.sinks) for n in peaks.flatten().tolist()]
         reserved = (
             self.sinks * self.exact_slot + self.centroids * self.centroid_slot + self.overhead
         )
-        full = PAGE + self.residual
         if largest is not None:
             shared = self._shared_nbytes(sum(free), largest - self.sinks, len(free))
             return int(len(free) * reserved + shared)
-        splits = {min(max(free), full)} | {t for t in range(0, full, GRANULE) if t <= max(free)}
-        return int(len(free) * reserved + max(self._split_nbytes(free, t) for t in splits))
+        cells = {n: self._cell_nbytes(n) for n in set(free)}
+        most = max((self._pages(n) for n in (*cells, widest)), default=0.0)
+        wide = most + self.IDLE_META_PAGES if most else 0.0
+        total = sum(cells[n] for n in free) + len(free) * (reserved + wide * self.page_meta)
+        return int(total)
+
+    def _cell_nbytes(self, n: int) -> int:
+        """Tail and pages of a cell of `n` entries, where they split worst."""
+        full = PAGE + self.residual
+        # the least that makes a tail reserve its granule leaves the most for pages
+        tails = [0, *(t for t in range(1, full + 1, GRANULE) if t <= n)]
+        worst = max(self._split_nbytes(n, t) for t in tails)
+        return math.ceil(worst)
+
+    def _split_nbytes(self, n: int, tail: int) -> float:
+        if n < PAGE + self.residual and not self.shrinks:  # never sealed
+            return -(-n // GRANULE) * GRANULE * self.exact_slot
+        slots = -(-tail // GRANULE) * GRANULE
+        return slots * self.exact_slot + self._pages(n - tail) * self.page
+
+    def _pages(self, n: int) -> float:
+        """Pages of `n` sealed entries, and dead ones that wait for compaction."""
+        return -(-n // PAGE) + self.WAITING_PAGES if n else 0.0
 
     def _shared_nbytes(self, total: int, largest: int, cells: int) -> float:
         """Bytes of tails and pages when `cells` share `total` entries as they like."""
@@ -120,15 +145,6 @@ class CellCost:
         widest = -(-largest // PAGE) + self.WAITING_PAGES + self.IDLE_META_PAGES
         each = tail * self.exact_slot + widest * self.page_meta
         return cells * each + pages * self.page
-
-    def _split_nbytes(self, free: list[int], tail: int) -> float:
-        """Bytes of tails and pages when the fullest tail holds `tail` entries."""
-        slots = -(-tail // GRANULE) * GRANULE
-        rest = [n - min(tail, n) if n >= PAGE + self.residual else 0 for n in free]
-        pages = [-(-n // PAGE) + self.WAITING_PAGES if n else 0.0 for n in rest]
-        idle = self.IDLE_META_PAGES if max(pages) else 0
-        each = slots * self.exact_slot + (max(pages) + idle) * self.page_meta
-        return len(free) * each + sum(pages) * self.page
 
     def entries(self, budget: float) -> int:
         """The most entries of one cell within `budget` bytes; 0 if not even one fits."""

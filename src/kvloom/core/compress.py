@@ -24,18 +24,20 @@ def compress_if_due(store: LayerStore, pending: Block, forward: Forward, capacit
     """
     zero = torch.zeros_like(capacity)
     pinned = zero if store.sinks is None else store.sinks.count
-    target, due = _target(store, store.pool.live + pending.count + pinned, capacity, forward)
+    length = store.pool.live + pending.count + pinned
+    target, due = _target(store, length, capacity, forward)
     if not bool(due.any()):
         return pending
+    cells = due[:, None] if store.plan.pools else target != length
     if store.plan.drops_oldest:
-        store.since = store.since.masked_fill(due, 0)
-        return _drop_oldest(store, pending, store.pool.live + pending.count + pinned - target)
+        store.since = store.since.masked_fill(cells, 0)
+        return _drop_oldest(store, pending, length - target)
     try:
         pending = _compress(store, pending, forward, capacity, target, pinned, due)
     except Exception:
         store.tail = pending.owned(pending.longest)
         raise
-    store.since = store.since.masked_fill(due, 0)
+    store.since = store.since.masked_fill(cells, 0)
     return pending
 
 
@@ -47,13 +49,14 @@ def _target(
     """
     heads, scorer = 1, store.plan.recipe.scorer
     assert scorer is not None
-    seen, since, new = store.seen[:, None], store.since[:, None], forward.tokens[:, None]
+    seen, since, new = store.seen[:, None], store.since, forward.tokens[:, None]
     if scorer.sets_target:
         target = torch.minimum(scorer.target(length, seen, new), length)
         return target, (target != length).any(1)
     if store.plan.pools:
         heads = length.shape[1]
         length, capacity = length.sum(1, keepdim=True), capacity.sum(1, keepdim=True)
+        since = since.amin(1, keepdim=True)
     schedule = store.plan.recipe.schedule
     target = schedule.target(length, capacity, seen, new, since, heads)
     return target, (target != length).any(1)
@@ -137,13 +140,17 @@ def _split(
     plan, live = store.plan, entries.valid.sum(-1).cpu()
     assert plan.recipe.allocator is not None
     allowed = [plan.ceiling(row[None]) for row in capacity]
+    # a share is for each row as if it were alone; a fixed number of bytes is for the batch, whose
+    # rectangular metadata may be as wide as any row can make it
+    most = plan.recipe.allocator.largest(plan.recipe.schedule.peak(capacity))
+    widest = 0 if plan.growing else int(most.max())
     while True:
         split = plan.recipe.allocator.split(scores, entries.valid, free)
         split = torch.where(due[:, None], split, live)
         if plan.counts_entries:
             return split
         peaks = plan.recipe.schedule.peak(split + pinned)
-        costs = [plan.cost.nbytes(row) for row in peaks]
+        costs = [plan.cost.nbytes(row, widest=widest) for row in peaks]
         over = due & torch.tensor([c > a for c, a in zip(costs, allowed, strict=True)])
         if not bool(over.any()):
             return split

@@ -178,6 +178,7 @@ class LayerPlan:
             page_meta=PAGE * (page_meta + alive),
             overhead=24 * torch.int64.itemsize + math.ceil(self.memory_nbytes),
             dense_slot=width * DENSE_BYTES,
+            shrinks=self.pools,
         )
 
     @cached_property
@@ -323,11 +324,12 @@ class LayerPlan:
 
     def ceiling(self, capacity: Tensor) -> int:
         """Bytes that heads of these capacities `[B, H]` hold at most after a commit."""
-        if self.pools and self.counts_entries:
-            assert self.recipe.allocator is not None
-            largest = self.recipe.schedule.peak(self.recipe.allocator.largest(capacity))
-            return self.cost.nbytes(self.recipe.schedule.peak(capacity), int(largest.max()))
-        return self.cost.nbytes(self.recipe.schedule.peak(capacity))
+        peaks = self.recipe.schedule.peak(capacity)
+        if not self.pools or (len(capacity) == 1 and not self.counts_entries):
+            return self.cost.nbytes(peaks)
+        assert self.recipe.allocator is not None  # any head may turn out the largest
+        largest = self.recipe.allocator.largest(peaks)
+        return self.cost.nbytes(peaks, int(largest.max()))
 
     @property
     def counts_entries(self) -> bool:

@@ -82,8 +82,8 @@ class Lazy(Policy):
 
         Args:
             length: entries that each head holds now, new ones included. capacity: C per head.
-            seen: valid tokens of each row so far, new: those of this forward, since: those after
-                the row's last compression; host int64 `[B, 1]`.
+            seen: valid tokens of each row so far, new: those of this forward, host int64 `[B, 1]`.
+            since: tokens after each head's last compression.
             cells: how many heads a length and a capacity are the sum of.
         """
         if self.every == 0:

@@ -17,7 +17,7 @@ from kvloom.core.plan import CENTROID_DTYPE, LayerPlan
 from kvloom.core.policy import Queries
 from kvloom.core.slab import Slab
 
-REFRESH = 16  # tokens after which a growing budget is worked out again
+REFRESH = 16  # a growing budget is worked out again at multiples of this many tokens
 
 
 class LayerStore:
@@ -26,7 +26,7 @@ class LayerStore:
     def __init__(self, plan: LayerPlan, keys: Tensor, values: Tensor):
         """`keys`, `values` `[B, H, *, D]` give shapes, dtype and device; nothing is stored yet."""
         B, H = keys.shape[:2]
-        device = keys.device
+        device = self.device = keys.device
         self.plan = plan
         meta = {n: torch.zeros(B, H, 0, dtype=d, device=device) for n, d in plan.meta.items()}
         none = torch.zeros(B, H, dtype=torch.int64)
@@ -39,19 +39,19 @@ class LayerStore:
         )  # fmt: skip
         self.open: Slab | None = None  # the slab whose next page the tail is filling
         self.seen = torch.zeros(B, dtype=torch.int64)
-        self.since = torch.zeros(B, dtype=torch.int64)
+        self.since = none  # tokens since the last compression, per (row, head)
         self.next_position = torch.zeros(B, dtype=torch.int64, device=device)
         self._one_each = torch.ones(B, dtype=torch.int64)
         self._one_slot = torch.ones(B, H, dtype=torch.int64)
         self.memory: dict[str, Tensor] = {}
         self.counters = Counters()
         self._capacity: Tensor | None = None
-        self._capacity_at = -1
+        self._capacity_at = self.seen
 
     def _no_centroids(self) -> Block:
         assert self.plan.recipe.merger is not None
         B, H = self.tail.count.shape
-        n, device = self.plan.recipe.merger.centroids, self.tail.keys.device
+        n, device = self.plan.recipe.merger.centroids, self.device
         keys = torch.zeros(B, H, n, self.plan.key_dim, dtype=CENTROID_DTYPE, device=device)
         values = torch.zeros(B, H, n, self.plan.value_dim, dtype=CENTROID_DTYPE, device=device)
         meta = {
@@ -63,10 +63,6 @@ class LayerStore:
     # -- reading ---------------------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        return self.tail.keys.device
-
-    @property
     def stored(self) -> Tensor:
         """Live entries per (row, head), centroids excluded: host int64 `[B, H]`."""
         pinned = self.sinks.count if self.sinks is not None else 0
@@ -76,7 +72,7 @@ class LayerStore:
         """Every tensor that the layer holds, by what it is for."""
         codes, books = self.pool.parts()
         counters = [self.seen, self.since, self._one_each, self._one_slot, self.next_position]
-        counters += [] if self._capacity is None else [self._capacity]
+        counters += [self._capacity_at] + ([] if self._capacity is None else [self._capacity])
         return {
             "pages": codes,
             "tail": self.tail.tensors(),
@@ -182,7 +178,7 @@ class LayerStore:
         new = None if forward.in_tail else forward.without_newest(drop)
         self._observe(forward, new)
         self.seen = self.seen + forward.tokens
-        self.since = self.since + forward.tokens
+        self.since = self.since + forward.tokens[:, None]
         if new is None:
             pending = self.tail
         else:
@@ -191,6 +187,7 @@ class LayerStore:
                 new = new.keep(forward.columns[:, None].expand(new.keys.shape[:3]), count)
             pending = self.tail.join(self._pin(new))
         self._settle(pending, forward)
+        self.tail.pack()
 
     def _observe(self, forward: Forward, new: Block | None) -> None:
         """Let the scorer see this forward's queries and attention, and update all slot state."""
@@ -243,14 +240,19 @@ class LayerStore:
         """C per (row, head) for the tokens seen so far; None if nothing is ever evicted."""
         if not self.plan.evicts:
             return None
-        seen = int(self.seen.max()) if self.seen.numel() else 0
-        stale = seen - self._capacity_at >= REFRESH or self._capacity_at < 0
-        rows = self._capacity is not None and self._capacity.shape[0] == len(self.seen)
-        if not rows or (self.plan.growing and stale):
-            fresh, held = self.plan.capacity(self.seen), self._capacity
-            if fresh is not None and held is not None and rows:  # whole pages round unevenly
-                fresh = torch.maximum(fresh, held)
-            self._capacity, self._capacity_at = fresh, seen
+        if not self.plan.growing:
+            if self._capacity is None:
+                self._capacity = self.plan.capacity(self.seen)
+            return self._capacity
+        # a function of each row's length alone, so that batching and chunking cannot change it
+        seen = self.seen // REFRESH * REFRESH
+        if self._capacity is None:
+            self._capacity, self._capacity_at = self.plan.capacity(seen), seen
+        elif bool((seen > self._capacity_at).any()):
+            fresh = self.plan.capacity(seen)
+            assert fresh is not None  # whole pages round unevenly: never less than before
+            self._capacity = torch.maximum(fresh, self._capacity)
+            self._capacity_at = torch.maximum(seen, self._capacity_at)
         return self._capacity
 
     def _settle(self, pending: Block, forward: Forward) -> None:
@@ -286,7 +288,7 @@ class LayerStore:
         self.tail = Block(keys, values, exact.count)
 
     def _page_limit(self, capacity: Tensor) -> Tensor | None:
-        if not self.plan.recipe.schedule.bounded:
+        if not self.plan.bounded:
             return None
         if self.plan.pools:  # whichever head grows: nothing in reserve
             return torch.zeros_like(capacity)
@@ -341,6 +343,7 @@ class LayerStore:
         self.next_position = self.next_position.index_select(0, index.to(self.device))
         self.memory = {n: x.index_select(0, index.to(x.device)) for n, x in self.memory.items()}
         self._capacity = None if self._capacity is None else self._capacity[host]
+        self._capacity_at = self._capacity_at[host]
         self.pool.rows(index)
 
     def check_drop(self, n: int) -> None:

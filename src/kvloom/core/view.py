@@ -90,7 +90,8 @@ def _readers(
 
 def losers_of(store: LayerStore, entries: Entries, lost: Tensor) -> Losers:
     """The entries that `lost` (bool `[B, H, S]`) marks, for a merger."""
-    before = "pre_rope_keys" in store.plan.recipe.needs
+    merger = store.plan.recipe.merger
+    before = merger is not None and "pre_rope_keys" in merger.needs
     keys = entries.pre_rope_keys if before else entries.keys
     mass = entries.meta.get("mass", torch.zeros(lost.shape, device=lost.device))
     return Losers(keys.float(), entries.values.float(), mass, entries.positions, lost)
@@ -125,6 +126,7 @@ def kept_positions(store: LayerStore) -> list[list[list[int]]]:
     entries = entries_of(store)
     blocks = [] if store.sinks is None else [store.sinks]
     held = torch.cat([*(b.meta["positions"] for b in blocks), entries.positions], 2).cpu()
+    store.tail.pack()  # looking must not cost bytes
     valid = torch.cat([*(b.valid(b.capacity) for b in blocks), entries.valid], 2).cpu()
     return [
         [h[ok].tolist() for h, ok in zip(row, oks, strict=True)]

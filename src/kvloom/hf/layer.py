@@ -101,7 +101,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _check_shapes(self, keys: Tensor, values: Tensor) -> None:
         assert self.store is not None
-        plan, rows = self.store.plan, self.store.tail.keys.shape[0]
+        plan, rows = self.store.plan, len(self.store.seen)
         got = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         held = (rows, plan.heads, plan.key_dim, plan.value_dim, plan.dtype)
         if got != held:
@@ -318,7 +318,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store is not None:
-            rows = torch.arange(self.store.tail.keys.shape[0])
+            rows = torch.arange(len(self.store.seen))
             self._rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -333,7 +333,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.store is None else self.store.tail.keys.shape[0]
+        return -1 if self.store is None else len(self.store.seen)
 
     def abort(self, columns: int) -> bool:
         """Go back to `columns` after a forward broke off; False if that is no longer possible.

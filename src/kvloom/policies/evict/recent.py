@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kvloom.core.entries import Entries
@@ -40,6 +39,5 @@ class Recent(Scorer):
         return True
 
     def score(self, entries: Entries) -> Tensor:
-        """The order of arrival."""
-        steps = torch.arange(entries.valid.shape[-1], device=entries.valid.device)
-        return steps.expand(entries.valid.shape)
+        """Minus the number of entries that are at least as new."""
+        return -entries.valid.flip(-1).cumsum(-1).flip(-1)
