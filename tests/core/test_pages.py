@@ -13,7 +13,7 @@ from kvloom.core import registry
 from kvloom.core.block import Block
 from kvloom.core.compaction import compact
 from kvloom.core.format import PAGE, PageBatch, PageFormat
-from kvloom.core.pages import PagePool
+from kvloom.core.pages import SMALL, PagePool
 from kvloom.core.policy import TILE
 
 D, E = 4, 6
@@ -267,13 +267,13 @@ def test_appending_never_copies_the_past(name, limit):
         model.check()
 
 
-def test_growth_is_bounded_by_an_eighth():
+def test_growth_is_bounded_by_four_pages_or_an_eighth():
     model = Model(FORMATS["dense"], 1, 1)
     model.seal([[16]])
     for _ in range(40):
         model.seal([[1]])
         used = int(model.pool.pages)
-        assert allocated(model.pool) <= used + max(1, used // 8)
+        assert allocated(model.pool) <= used + max(SMALL, used // 8)
     assert len(model.pool.slabs) < 20  # not one slab per page
     model.check()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvloom import CompressedCache, Scorer, register
 from kvloom.core import registry
@@ -209,3 +209,82 @@ def test_short_rows_and_empty_rows():
         alone = CompressedCache(model, recipe, "24tok" if "h2o" in recipe else None)
         one = generate(model, alone, ids[1:2, -1:], n=30)
         assert torch.equal(out.sequences[1, 40:], one.sequences[0, 1:])
+
+
+@pytest.mark.parametrize("recipe", ["none", "recent"])
+def test_past_columns_cannot_be_hidden_afterwards(recipe):
+    model = build("llama")
+    cache = CompressedCache(model, recipe, None if recipe == "none" else "50tok")
+    ids = tokens(62)
+    model(ids[:, :40], past_key_values=cache, attention_mask=torch.ones(1, 40, dtype=torch.long))
+    mask = torch.ones(1, 60, dtype=torch.long)
+    mask[:, 5:20] = 0
+    with pytest.raises(ValueError, match=r"shows \[25\] of the 40 columns .* \[40\] were valid"):
+        model(ids[:, 40:60], past_key_values=cache, attention_mask=mask)
+    out = model(ids[:, 40:60], past_key_values=cache, attention_mask=torch.ones_like(mask))
+    assert torch.isfinite(out.logits).all() and cache.get_seq_length() == 60
+
+
+def test_crop_after_a_forward_that_broke_off():
+    model, ids = build("llama"), tokens(140)
+    cache = CompressedCache(model, "none")
+    model(ids[:, :128], past_key_values=cache)
+
+    def fail(*args):
+        raise RuntimeError("broken")
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        model(ids[:, 128:130], past_key_values=cache)
+    hook.remove()
+    cache.crop(-3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [125] * 3
+    got = model(ids[:, 125:130], past_key_values=cache).logits
+    want = model(ids[:, :130], use_cache=False).logits[:, 125:]
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("recipe", ["h2o", "streaming_llm", "recent | weighted(heads=(1.0, 0.3))"])
+def test_an_attention_switched_afterwards_is_noticed(recipe):
+    model = build("llama")
+    cache = CompressedCache(model, recipe, "50tok")
+    model(tokens(60), past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="switched to 'sdpa' afterwards"):
+        model(tokens(1), past_key_values=cache)
+    model.set_attn_implementation("kvloom")
+    model(tokens(1), past_key_values=cache)
+    assert cache.get_seq_length() == 61
+
+
+def test_crop_leaves_all_layers_alone_if_a_window_cannot_follow():
+    config = build("gemma3").config
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    cache = CompressedCache(model, "none")
+    model(tokens(40), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="crop"):
+        cache.crop(-5)
+    assert [layer.get_seq_length() for layer in cache.layers] == [40] * 3
+
+
+def test_more_rows_than_a_budget_can_hold():
+    model = build("llama")
+    floor = CompressedCache(model, "h2o", "50tok").floor()
+    cache = CompressedCache(model, "h2o", 3 * floor)
+    model(tokens(200), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"below the floor.*the batch has 6"):
+        cache.batch_repeat_interleave(6)
+    cache.batch_repeat_interleave(3)
+    model(tokens(1, rows=3), past_key_values=cache)
+    assert cache.nbytes <= 3 * floor
+
+
+def test_a_dense_cache_serves_one_model():
+    model, other = build("llama"), build("llama", seed=1)
+    cache = CompressedCache(model, "none", attention="dense")
+    CompressedCache(other, "none", attention="dense")
+    with pytest.raises(ValueError, match="one cache per model"):
+        other(tokens(5), past_key_values=cache)
+    model(tokens(5), past_key_values=cache)
+    assert cache.get_seq_length() == 5

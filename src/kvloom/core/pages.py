@@ -19,6 +19,7 @@ from kvloom.core.policy import TILE
 from kvloom.core.slab import Segment, Slab, collect
 
 GROWTH = 8  # a slab made while decoding has room for 1/8 of the pages that exist
+SMALL = 4  # pages up to which it doubles, since every slab is one more attention call
 
 
 class PagePool:
@@ -148,7 +149,7 @@ class PagePool:
                 return last
         spare = torch.zeros_like(pages)
         if not any(slab.shared for slab in self.slabs):
-            spare = self.pages // GROWTH
+            spare = self._growth()
             if limit is not None:  # a budget says where growth ends: double towards it
                 spare = torch.minimum(self.pages, (limit - self.pages - pages).clamp_min(0))
             if self.filled:  # the next pages are filled in place, and read in one run with these
@@ -186,15 +187,18 @@ class PagePool:
             meta=per_slot, base=base,
         )  # fmt: skip
 
-    def open_page(self) -> Slab | None:
-        """The slab whose next page the tail may fill (`Slab.with_next_page`); None if there is none.
+    def _growth(self) -> Tensor:
+        """Spare pages for a slab that comes after others."""
+        return torch.maximum(self.pages // GROWTH, self.pages.clamp_max(SMALL))
 
-        Every page is full, so that a new slab is made when the last one is used up.
+    def grow_page(self) -> Slab | None:
+        """A slab with a page that the tail may fill in place (`Slab.with_next_page`): the last one, or
+        a new one once that is used up. None if pages are shared or do not form a regular grid.
         """
         if not self.slabs or any(slab.shared for slab in self.slabs):
             return None
         if not bool((self.slabs[-1].room > self.slabs[-1].used).any()):
-            self.slabs.append(self.new_slab((self.pages // GROWTH).clamp_min(1), 0))
+            self.slabs.append(self.new_slab(self._growth().clamp_min(1), 0))
         return None if self.slabs[-1].with_next_page() is None else self.slabs[-1]
 
     def close_page(self) -> None:
@@ -286,6 +290,7 @@ class PagePool:
             slot = torch.arange(1, alive.shape[2] + 1, device=alive.device)
             last = (alive * slot).amax(-1).cpu() if alive.shape[2] else slab.used
             slab.used = -(-last // PAGE)
+            slab.skip = torch.minimum(slab.skip, slab.used * PAGE)
             slab.changed()
         self.slabs = [slab for slab in self.slabs if slab.pages]
         self.recount()
@@ -295,9 +300,10 @@ class PagePool:
         self.statistics = {
             n: x.index_select(0, index.to(x.device)) for n, x in self.statistics.items()
         }
+        fewer = index.numel() < self.pages.shape[0]  # rows are gone for good: keep nothing of them
         for slab in self.slabs:
             slab.rows(index)
-            collect(slab)
+            collect(slab, exactly=fewer)
         self.slabs = [slab for slab in self.slabs if slab.pages]
         self.stuck = self.stuck[index.to("cpu")]
         self.recount(index.numel())

@@ -86,7 +86,8 @@ class LayerPlan:
     def drops_oldest(self) -> bool:
         """Whether an eviction only moves the start of each head's entries."""
         scorer, plain = self.recipe.scorer, self.recipe.merger is None and not self.pools
-        return bool(scorer and scorer.oldest_first and plain and self.format.movable)
+        plain = plain and self.format.movable and not self.observes
+        return bool(scorer and scorer.oldest_first and plain)
 
     @cached_property
     def observes(self) -> bool:
@@ -183,8 +184,11 @@ class LayerPlan:
 
     @cached_property
     def shares(self) -> Tensor:
-        """Relative budget per (layer, head), host fp64 `[layers, heads]`."""
-        return (self.recipe.allocator or Allocator()).shares(self.layers, self.heads)
+        """Relative budget per (layer, head), host fp64 `[layers, heads]`: mean 1 over those that evict."""
+        shares = (self.recipe.allocator or Allocator()).shares(self.layers, self.heads)
+        exempt = self.recipe.scorer.exempt_layers if self.recipe.scorer else ()
+        evicting = [i for i in range(self.layers) if i not in exempt]
+        return shares / shares[evicting].mean() if exempt and evicting else shares
 
     @property
     def growing(self) -> bool:

@@ -19,18 +19,10 @@ if TYPE_CHECKING:
     from kvloom.core.entries import Entries
     from kvloom.core.recipe import Recipe
 
-NEEDS = frozenset(
-    {
-        "attention_mass",
-        "keys",
-        "values",
-        "pre_rope_keys",
-        "positions",
-        "queries",
-        "pre_rope_queries",
-    }
-    | {"output_weight"}
-)
+NEEDS = frozenset({
+    "attention_mass", "keys", "values", "pre_rope_keys", "positions", "queries", "pre_rope_queries",
+    "output_weight",
+})  # fmt: skip
 
 
 def camel_to_snake(name: str) -> str:

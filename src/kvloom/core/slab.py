@@ -207,11 +207,11 @@ class Slab:
         return torch.tensor(sorted(held), dtype=torch.int64)
 
 
-def collect(slab: Slab) -> None:
-    """Release the pages that no row refers to any more, once they are half of the slab."""
+def collect(slab: Slab, exactly: bool = False) -> None:
+    """Release the pages that no row refers to any more: at once, or once they are half of the slab."""
     held = slab.referenced()
     total = next(iter(slab.fields.values())).shape[0]
-    if held.numel() * 2 > total or total == 0:
+    if held.numel() == total or (held.numel() * 2 > total and not exactly):
         return
     where = torch.full((total + 1,), -1, dtype=torch.int64)
     where[held] = torch.arange(held.numel())

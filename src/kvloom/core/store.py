@@ -275,7 +275,7 @@ class LayerStore:
     def _keep(self, exact: Block, capacity: int) -> None:
         """Make `exact` the tail: in the page that it will become, or in storage of its own."""
         self.open = (
-            self.pool.open_page() if self.plan.fills_pages and exact.size is not None else None
+            self.pool.grow_page() if self.plan.fills_pages and exact.size is not None else None
         )
         run = None if self.open is None else self.open.with_next_page()
         if run is None:
@@ -334,6 +334,8 @@ class LayerStore:
         host = index.to("cpu")
         if torch.equal(host, torch.arange(len(self.seen))):
             return
+        if len(host) != len(self.seen):
+            self.plan.check_rows(len(host))
         self.tail, self.open = self.tail.rows(index), None
         self.sinks = self.sinks.rows(index) if self.sinks is not None else None
         self.centroids = self.centroids.rows(index) if self.centroids is not None else None
@@ -342,7 +344,9 @@ class LayerStore:
         self._one_slot = torch.ones_like(self.tail.count)
         self.next_position = self.next_position.index_select(0, index.to(self.device))
         self.memory = {n: x.index_select(0, index.to(x.device)) for n, x in self.memory.items()}
-        self._capacity = None if self._capacity is None else self._capacity[host]
+        shared_out = self.plan.budget is not None and self.plan.budget.kind == "bytes"
+        stale = self._capacity is None or (shared_out and self._capacity.shape[0] != len(host))
+        self._capacity = None if stale or self._capacity is None else self._capacity[host]
         self._capacity_at = self._capacity_at[host]
         self.pool.rows(index)
 

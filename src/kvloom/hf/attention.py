@@ -36,9 +36,12 @@ class Handle:
         self.layer = layer
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise TypeError(
             f"this model's attention asks its cached keys or values for {name!r}, so it cannot read "
-            "a compressed cache in place; construct the cache with attention='dense'"
+            "a compressed cache in place: construct the cache from this model (it may have been made "
+            "for another one), if need be with attention='dense'"
         )
 
 
@@ -61,7 +64,7 @@ def mask_function(
     cache = None if announced is None else announced()
     if cache is not None and kwargs.get("local_size") is None:
         _LOCAL.cache = None
-        cache.context.learn(attention_mask, int(kv_offset), int(q_length))
+        cache.context.learn(attention_mask, int(kv_offset), int(q_length), cache.valid_tokens())
     return sdpa_mask(
         batch_size,
         q_length,

@@ -83,6 +83,7 @@ class CompressedCache(Cache):
         attending = [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
         self._first, self.context.last = attending[0], attending[-1]
         self._broken: str | None = None
+        self._handles_expected = self._wants_handles()
 
     # -- one forward -----------------------------------------------------------------------------
 
@@ -110,8 +111,11 @@ class CompressedCache(Cache):
             self.roll_back()
         if self._broken is not None:
             raise RuntimeError(f"{self._broken}; call reset()")
-        self.context.opened_at = super().get_seq_length()
         self.context.handles = self._wants_handles()
+        if self._handles_expected and not self.context.handles:
+            kind = self.context.host.config._attn_implementation
+            check_dense(self.recipe, f"the model's attention was switched to {kind!r} afterwards")
+        self.context.opened_at = super().get_seq_length()
 
     def _wants_handles(self) -> bool:
         return self.context.host.reads_handles and not self.context.dense
@@ -146,13 +150,27 @@ class CompressedCache(Cache):
             announce(self)
         return super().get_mask_sizes(query_length, layer_idx)
 
+    def valid_tokens(self) -> Tensor | None:
+        """Valid tokens that each row has had, host int64 `[B]`; None before the first."""
+        first = self.compressed[0] if self.compressed else None
+        return None if first is None else first.valid_tokens()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens (see `CompressedLayer.crop`): in all layers, or in none."""
+        if self.context.opened_at is not None:  # the last forward broke off
+            self.roll_back()
+        if self._broken is not None:
+            raise RuntimeError(f"{self._broken}; call reset()")
         amount = int(tokens_to_remove)
         n = -amount if amount <= 0 else max(0, super().get_seq_length() - amount)
         for layer in self.compressed:
             layer.check_crop(n)
-        super().crop(tokens_to_remove)
+        ours = self.compressed
+        for other in self.layers:  # first the ones that may yet refuse
+            if other not in ours:
+                other.crop(tokens_to_remove)  # type: ignore[union-attr]
+        for layer in ours:
+            layer.crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything; the cache is as new."""

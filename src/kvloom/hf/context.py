@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
 from kvloom.hf import attention
-from kvloom.hf.rope import attention_modules
+from kvloom.hf.rope import attention_modules, decoder_of
 
 
 class Host:
@@ -37,6 +37,14 @@ class Host:
             f"this cache was made for a {self.config.model_type!r} model and is used with another "
             f"one ({config.model_type!r}): make one cache per model"
         )
+
+    def check_decoder(self, decoder: nn.Module) -> None:
+        """Raise ValueError if `decoder` is not this model's."""
+        if self.model is not None and decoder_of(self.model) is not decoder:
+            raise ValueError(
+                f"this cache was made for a {self.config.model_type!r} model and is used with another "
+                "one: make one cache per model"
+            )
 
     @property
     def model(self) -> nn.Module | None:
@@ -83,10 +91,11 @@ class Context:
         """The last layer has committed: the forward is whole, and its mask is no longer news."""
         self.opened_at, self.masked_at = None, -1
 
-    def learn(self, mask: Tensor | None, seen: int, new: int) -> None:
+    def learn(self, mask: Tensor | None, seen: int, new: int, held: Tensor | None = None) -> None:
         """Take the validity of the new columns from a 2D mask `[B, seen + new]`.
 
-        Raises ValueError if the mask is too short.
+        `held` `[B]`: how many valid tokens each row has had. Raises ValueError if the mask is too
+        short, or says otherwise of the past.
         """
         self.masked_at, self.columns = seen, None
         if mask is None:
@@ -95,6 +104,13 @@ class Context:
             raise ValueError(
                 f"attention_mask has {mask.shape[-1]} columns, but the cache has seen {seen} tokens "
                 f"and gets {new} more: pass the mask of all {seen + new} columns"
+            )
+        past = mask[:, :seen].ne(0).sum(1).cpu()
+        if held is not None and len(held) == len(past) and not torch.equal(past, held):
+            raise ValueError(
+                f"attention_mask shows {past.tolist()} of the {seen} columns before this forward, but "
+                f"{held.tolist()} were valid when they came: past columns cannot be hidden or shown "
+                "afterwards in a compressed cache"
             )
         columns = mask[:, seen : seen + new].to(torch.bool)
         self.columns = None if bool(columns.all()) else columns

@@ -258,6 +258,12 @@ class CompressedLayer(CacheLayerMixin):
 
     # -- what transformers asks ------------------------------------------------------------------
 
+    def valid_tokens(self) -> Tensor | None:
+        """Valid tokens of each row so far, drafts included: host int64 `[B]`."""
+        if self.store is None or self.pending is None:
+            return None if self.store is None else self.store.seen
+        return self.store.seen + self.pending.tokens
+
     def get_seq_length(self) -> int:
         """Tokens seen (columns, padding included), never the physical length."""
         return self.columns
@@ -340,8 +346,8 @@ class CompressedLayer(CacheLayerMixin):
 
         Attention that the broken forward paid to older entries (h2o) is not taken back.
         """
-        if self.columns == columns:
-            return True
+        if self.columns <= columns:
+            return self.columns == columns
         Q = self.columns - columns
         self.columns = columns
         if self.staged is not None or self.pending is not None:

@@ -100,5 +100,6 @@ def _tell_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             f"'{cache.recipe}' evicts entries: pass a 2D mask, or a recipe without eviction"
         )
     two_d = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-    cache.context.learn(two_d, seen, inputs.shape[1])
+    cache.context.host.check_decoder(module)
+    cache.context.learn(two_d, seen, inputs.shape[1], cache.valid_tokens())
     cache.context.position_ids = kwargs.get("position_ids")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,16 @@ def layer_tensors(layer: Any) -> list[Tensor]:
     store = getattr(layer, "store", None)
     if isinstance(store, LayerStore):
         return [*store.tensors(), *(layer.staged or ()), *_pending(layer)]
-    return [x for x in vars(layer).values() if isinstance(x, Tensor)]
+    return list(_tensors(vars(layer)))
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    """Tensors in a value, or in containers of it (linear layers keep their states in dicts)."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, dict | list | tuple):
+        for x in held.values() if isinstance(held, dict) else held:
+            yield from _tensors(x)
 
 
 def unique_nbytes(layers: Iterable[Any]) -> int:
