@@ -15,7 +15,7 @@ test test-all test-oldest: export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-all test-oldest peers lint types format clean
+.PHONY: help demo test test-all test-oldest peers docs lint types format clean
 
 help:
 	@echo 'make demo         compares a few recipes on the bundled model (a minute), ends with a figure'
@@ -24,6 +24,7 @@ help:
 	@echo '                  hour on 2 cores); SHARD=i/n runs part i of n, on as many machines'
 	@echo 'make test-oldest  a part of the tests on the oldest supported transformers'
 	@echo 'make peers        kvloom beside kvpress: kept entries, bytes, time per token'
+	@echo 'make docs         docs/methods.md, from the docstrings'
 	@echo 'make lint types   ruff, mypy; `make format` applies what ruff can'
 	@echo 'make clean        remove the environments and caches'
 
@@ -41,6 +42,9 @@ peers: $(READY) .venv-peers/.ready
 
 test-oldest: .venv-oldest/.ready
 	@HF_HUB_OFFLINE=1 $(OLDEST)/python $(PYTEST) -m "oldest and not full" $(ARGS)
+
+docs: $(READY)
+	$(BIN)/python docs/make_methods.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
