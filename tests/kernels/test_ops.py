@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvloom.kernels import ops, reference, torch_cpu
+from kvloom.kernels import mass, ops, reference, torch_cpu
 from tests.kernels.oracle import Case, assert_as_good_as_naive, cases, error, exact
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -156,7 +156,7 @@ def test_attention_mass_is_the_column_sum_of_the_weights(case, seed, block):
     voters = torch.rand(B, Q, generator=torch.Generator().manual_seed(seed)) < 0.7
     _, lse, weights = exact(case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_BLOCK_ELEMENTS", block)
+        patch.setattr(mass, "_ELEMENTS", block)
         every = ops.attention_mass(case.query, case.keys, lse.float(), **case.options)
         voted = ops.attention_mass(
             case.query, case.keys, lse.float(), **case.options, voters=voters
@@ -172,6 +172,22 @@ def test_attention_mass_is_the_column_sum_of_the_weights(case, seed, block):
         (voted, (weights * voters[:, None, None, :, None]).sum((2, 3))),
     ):
         assert error(got, want) <= 2 * eps * size * max(1.0, float(want.max()))
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 20])
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_causal_attention_mass_equals_a_triangular_mask(monkeypatch, block, backend):
+    case = random_case(Q=37, S=37)
+    triangle = ops.causal_mask(37, torch.device("cpu"))
+    _, lse = reference.partial_attention(
+        case.query, case.keys, case.values, scale=case.scale, mask=triangle
+    )
+    want = reference.attention_mass(case.query, case.keys, lse, scale=case.scale, mask=triangle)
+    if backend is not None:
+        force(monkeypatch, backend)
+    monkeypatch.setattr(mass, "_ELEMENTS", block)
+    got = ops.attention_mass(case.query, case.keys, lse, scale=case.scale, causal=True)
+    torch.testing.assert_close(got, want)
 
 
 def test_attention_mass_sums_to_the_queries_of_the_group():

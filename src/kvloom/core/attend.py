@@ -199,10 +199,7 @@ def attention_mass(store: LayerStore, call: Call, new: Block | None, lse: Tensor
     columns += [] if tail is None else [_mass(tail, call, lse)]
     causal = None if new is None else _block_tier(new)
     if causal is not None:  # None too if every new token was a rejected draft
-        n = causal.keys.shape[2]
-        causal.mask = (
-            ops.causal_mask(n, causal.keys.device) if call.new_mask is None else call.new_mask
-        )
+        causal.mask, causal.causal = call.new_mask, call.new_mask is None
         columns.append(_mass(causal, call, lse))
     if not columns:
         return call.query.new_zeros((*call.query.shape[:2], 0), dtype=torch.float32)
@@ -213,5 +210,5 @@ def _mass(tier: Tier, call: Call, lse: Tensor) -> Tensor:
     return ops.attention_mass(
         call.query[tier.rows, tier.heads], tier.keys, lse,
         scale=call.scale, softcap=call.softcap, bias=tier.bias, mask=tier.mask,
-        voters=None if call.voters is None else call.voters[tier.rows],
+        voters=None if call.voters is None else call.voters[tier.rows], causal=tier.causal,
     )  # fmt: skip

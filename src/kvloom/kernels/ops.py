@@ -13,7 +13,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from kvloom.kernels import reference, torch_cpu
+from kvloom.kernels import mass, reference, torch_cpu
 
 BACKENDS = ("reference", "torch")
 _BLOCK_ELEMENTS = 1 << 24  # logits held at once by the matmul path: 64 MiB in fp32
@@ -81,23 +81,18 @@ def attention_mass(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     voters: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
-    """See `reference.attention_mass`; accumulated in query blocks, no Q x S matrix is kept."""
-    step = _block(query, keys)
-    total = query.new_zeros(*keys.shape[:-1], dtype=torch.float32)
-    for i in range(0, query.shape[-2], step):
-        part = slice(i, i + step)
-        total += reference.attention_mass(
-            query[..., part, :],
-            keys,
-            lse[..., part],
-            scale=scale,
-            softcap=softcap,
-            bias=bias,
-            mask=_queries(mask, part),
-            voters=None if voters is None else voters[:, part],
-        )
-    return total
+    """See `mass.attention_mass`; accumulated in query blocks, no Q x S matrix is kept."""
+    if forced_backend() != "reference":
+        return mass.attention_mass(
+            query, keys, lse, scale=scale, softcap=softcap, bias=bias, mask=mask, voters=voters,
+            causal=causal,
+        )  # fmt: skip
+    mask = causal_mask(keys.shape[-2], keys.device) if causal else mask
+    return reference.attention_mass(
+        query, keys, lse, scale=scale, softcap=softcap, bias=bias, mask=mask, voters=voters
+    )
 
 
 def causal_mask(length: int, device: torch.device) -> Tensor:
