@@ -37,6 +37,7 @@ from kvloom.hf.rope import rope_of
 from tests.oracle.mergers import Centroids, Folded
 
 NAME = "shadow_oracle"
+NOISE = 1e-5  # scores that differ by less, relatively, may change places by fp32 rounding
 REFRESH = 16  # a percentage is worked out again at multiples of this many tokens
 
 
@@ -302,8 +303,13 @@ class ShadowLayer(CacheLayerMixin):
             if self.cache.budget is None or self.cache.budget.kind == "tokens":
                 return split[0].tolist()
             # unequal heads cost more bytes than equal ones, so the sum shrinks until they fit
-            peaks = self.cache.recipe.schedule.peak(split[0] + pinned)
-            if self.plan.cost.nbytes(peaks) <= self.plan.ceiling(torch.tensor([capacity])):
+            peaks, widest = self.cache.recipe.schedule.peak(split[0] + pinned), 0
+            if self.cache.budget.kind == "bytes":  # other rows may be as wide as any can become
+                peak = self.cache.recipe.schedule.peak(torch.tensor([capacity]))
+                widest = int(self.cache.recipe.allocator.largest(peak))
+            if self.plan.cost.nbytes(peaks, widest=widest) <= self.plan.ceiling(
+                torch.tensor([capacity])
+            ):
                 return split[0].tolist()
             total -= max(1, total // 32)
 
@@ -333,6 +339,9 @@ class ShadowLayer(CacheLayerMixin):
         """Sort everything by (score, newness), take the best; a tile that does not fit goes."""
         ranked = sorted(value, key=lambda j: (-value[j], -j))
         keep = set(ranked[:target])
+        if 0 < target < len(ranked):
+            last, first = value[ranked[target - 1]], value[ranked[target]]
+            self.cache.close_calls += 0 < last - first < NOISE * abs(first)
         for members in self.tiles(b, h, list(value)):
             if not keep.issuperset(members):
                 keep -= set(members)
@@ -389,6 +398,7 @@ class ShadowLayer(CacheLayerMixin):
 
 class ShadowCache(Cache):
     def __init__(self, model: Any, recipe: str, budget: Any = None):
+        self.close_calls = 0  # selections that rounding may have decided
         self.recipe = Recipe.parse(recipe)
         self.budget = None if budget is None else Budget.parse(budget)
         self.format = self.recipe.format
