@@ -66,6 +66,8 @@ def documentation() -> list[str]:
 def _build(source: Path, out: Path, vocab: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     books = list(texts.local_texts(source))
+    if not any(book.strip() for book in books):
+        raise ValueError(f"{source} holds no text to train on")
     random.Random(0).shuffle(books)
     code = [texts.read(path) for path in texts.stdlib_split(held_out=False)] + documentation()
     sample = [text[:SAMPLE_CHARS] for text in books[:SAMPLE_BOOKS]]

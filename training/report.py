@@ -114,11 +114,13 @@ def phenomena(results: dict[str, Any]) -> str:
         )
     ]
     head = ["layer", "mass on first 4", "retrieval score", "keys max/median", "values max/median"]
+    scores = enumerate(heads["score"])
+    found = [str(layer) for layer, score in scores if max(score) > 0.5] or ["none"]
     summary = (
         f"Mean attention mass on the first four tokens: {sinks['mean_first_four']} (evenly spread "
         f"it would be {sinks['uniform_share_of_four']}). Heads whose strongest attention lies on "
         f"the token to be copied for more than half of the answer tokens: {heads['above_half']} of "
-        f"{heads['heads']}. Largest over median channel magnitude: keys {channels['mean_keys']}, "
+        f"{heads['heads']} (layers: {', '.join(found)}). Largest over median channel magnitude: keys {channels['mean_keys']}, "
         f"values {channels['mean_values']}."
     )
     return f"{summary}\n\n{table(head, rows)}"

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+import torch
+from training import report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvloom import testbed
@@ -14,26 +17,64 @@ def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(testbed.path()).eval()
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(testbed.path())
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> dict[str, Any]:
+    return json.loads((testbed.path() / "evaluation.json").read_text())
+
+
+def answered(model: Any, tokenizer: Any, task: tasks.Task) -> bool:
+    inputs = tokenizer(task.prompt, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=7, do_sample=False)
+    return task.correct(str(tokenizer.decode(out[0, inputs.input_ids.shape[1] :])))
+
+
 def test_weights_and_tokenizer_stay_small() -> None:
-    assert sum(file.stat().st_size for file in testbed.path().iterdir()) <= 12 * 2**20
+    assert sum(file.stat().st_size for file in testbed.path().rglob("*")) <= 12_000_000
 
 
 def test_the_shape_is_what_large_models_have_in_small(model: Any) -> None:
     config = model.config
     assert config.model_type == "llama" and config.head_dim == 64
-    assert config.num_attention_heads > config.num_key_value_heads
+    assert config.num_attention_heads > config.num_key_value_heads > 1
     assert config.max_position_embeddings >= 4096
+    assert model.dtype == torch.float32
 
 
-def test_planted_facts_are_found_under_unseen_phrasings(model: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(testbed.path())
-    filler = "\n".join(texts.held_out_texts())[:20_000]
+@pytest.mark.parametrize(("length", "unseen"), [(300, True), (1000, True), (2000, False)])
+def test_planted_facts_are_found(model: Any, tokenizer: Any, length: int, unseen: bool) -> None:
+    filler = "\n".join(texts.held_out_texts())[:60_000]
     right = 0
     for seed in range(5):
         task = tasks.needle(
-            seed, filler, 300, lambda t: len(tokenizer(t).input_ids), facts=2, unseen=True
+            seed, filler, length, lambda t: len(tokenizer(t).input_ids), facts=2, unseen=unseen
         )
-        inputs = tokenizer(task.prompt, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=7, do_sample=False)
-        right += task.correct(str(tokenizer.decode(out[0, inputs.input_ids.shape[1] :])))
+        right += answered(model, tokenizer, task)
     assert right >= 4
+
+
+def test_values_are_found_in_lists_of_keys(model: Any, tokenizer: Any) -> None:
+    made = [tasks.key_value(seed, pairs=24, depth=seed / 7) for seed in range(8)]
+    assert sum(answered(model, tokenizer, task) for task in made) >= 6
+
+
+def test_the_card_shows_the_recorded_figures_and_pictures(evaluation: dict[str, Any]) -> None:
+    card = (testbed.path() / "MODEL_CARD.md").read_text()
+    assert report.evaluation(evaluation) in card
+    made = json.loads((testbed.path() / "training.json").read_text())
+    assert report.targets(evaluation, gpu=made["versions"]["machine"] != "CPU") in card
+    for name in ("recall", "loss", "first_tokens", "retrieval_heads", "key_channels"):
+        assert f"(figures/{name}.png)" in card
+        assert (testbed.path() / "figures" / f"{name}.png").is_file()
+
+
+def test_the_phenomena_are_there(evaluation: dict[str, Any]) -> None:
+    phenomena = evaluation["phenomena"]
+    sinks, channels = phenomena["sinks"], phenomena["channels"]
+    assert sinks["mean_first_four"] > 3 * sinks["uniform_share_of_four"]
+    assert phenomena["retrieval_heads"]["above_half"] >= 1
+    assert channels["mean_keys"] > 1.5 * channels["mean_values"]

@@ -36,6 +36,13 @@ def test_texts_are_tokenised_once_and_then_loaded(
         corpus.prepare(source, tmp_path / "data", vocab=400)
 
 
+def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no text"):
+        corpus.prepare(tmp_path / "books", tmp_path / "data", vocab=400)
+
+
 def test_digits_stay_single_and_every_byte_has_a_token() -> None:
     bpe = tokenizer.train(["12345 12345 12345 one two"] * 50, vocab=300)
     assert bpe.encode("12345", add_special_tokens=False).tokens == list("12345")
