@@ -409,7 +409,8 @@ class ShadowCache(Cache):
         full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
         self.compressed = len(full)
         # slots of the layers that stay as they are
-        self.windows = sum(kw.get("sliding_window", 0) for kw in kwargs)
+        windows = [kw.get("sliding_window", 0) for kw in kwargs]
+        self.windows = sum(w for i, w in enumerate(windows) if i not in full)
         super().__init__(
             layers=[
                 ShadowLayer(self, i, full.index(i))
