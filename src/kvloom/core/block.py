@@ -27,6 +27,11 @@ def new_like(template: Tensor, slots: int) -> Tensor:
     return template.new_empty(*template.shape[:2], slots, *template.shape[3:])
 
 
+def from_newest(valid: Tensor) -> Tensor:
+    """Place of each entry counted from the newest, 1-based, by `valid` (bool `[B, H, S]`)."""
+    return valid.flip(-1).cumsum(-1).flip(-1)
+
+
 def take_slots(x: Tensor, index: Tensor) -> Tensor:
     """Gather along the slot axis: `x [B, H, S, ...]`, `index [B, H, N]` -> `[B, H, N, ...]`."""
     if x.ndim == 3:

@@ -100,9 +100,7 @@ def _drop_oldest(store: LayerStore, pending: Block, n: Tensor) -> Block:
     exact = n - sealed
     if bool(exact.any()):
         pending = pending.span(exact, pending.count - exact)
-    store.counters.compressions += 1
-    store.counters.evicted += int(n.sum())
-    store.reclaim()
+    _note(store, int(n.sum()), merged=False)
     return pending
 
 
@@ -116,11 +114,16 @@ def _remove(store: LayerStore, pending: Block, keep: Tensor, merged: bool) -> Bl
     if not torch.equal(count, pending.count):
         pending = pending.keep(exact, count)
     gone = int((before - store.pool.live - pending.count).sum())
+    _note(store, gone, merged)
+    return pending
+
+
+def _note(store: LayerStore, gone: int, merged: bool) -> None:
+    """Count what a compression took away, and free its room if that pays."""
     store.counters.compressions += 1
     store.counters.evicted += gone
     store.counters.merged += gone if merged else 0
     store.reclaim()
-    return pending
 
 
 def _split(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvloom.core.block import Block, uniform
+from kvloom.core.block import Block, from_newest, uniform
 from kvloom.core.format import PAGE, Encoded, Layout, PageBatch, PageFormat
 from kvloom.core.policy import TILE
 from kvloom.core.slab import Segment, Slab, collect
@@ -283,7 +283,7 @@ class PagePool:
     def drop_newest(self, n: Tensor) -> None:
         """Forget the newest `n` (host `[B, H]`) live entries; trailing pages become free again."""
         valid = torch.cat([slab.valid() for slab in self.slabs], dim=2)
-        newer = valid.flip(-1).cumsum(-1).flip(-1)
+        newer = from_newest(valid)
         self.evict(newer > n.to(valid.device)[..., None])
         for slab in self.slabs:
             alive = slab.valid()

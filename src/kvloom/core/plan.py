@@ -135,9 +135,13 @@ class LayerPlan:
     @cached_property
     def positions(self) -> bool:
         """Whether the exact tiers carry original positions."""
+        return self.slot_positions or self.in_cache
+
+    @cached_property
+    def slot_positions(self) -> bool:
+        """Whether something reads the position of every single entry."""
         named = {"positions", "pre_rope_keys"} & self.recipe.needs
-        wanted = bool(named) or self.pre_rope or self.in_cache
-        return wanted or self.track_positions
+        return bool(named) or self.pre_rope or self.track_positions
 
     @cached_property
     def base_positions(self) -> bool:
@@ -155,9 +159,7 @@ class LayerPlan:
     @cached_property
     def page_meta(self) -> dict[str, torch.dtype]:
         """Per-slot metadata of pages; explicit positions only if a policy reads them per slot."""
-        named = {"positions", "pre_rope_keys"} & self.recipe.needs
-        needed = bool(named) or self.pre_rope or self.track_positions
-        drop = self.base_positions or not needed
+        drop = self.base_positions or not self.slot_positions
         return {n: d for n, d in self.meta.items() if n != "positions" or not drop}
 
     @cached_property

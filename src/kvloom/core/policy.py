@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvloom.core.block import from_newest
+
 if TYPE_CHECKING:
     from kvloom.core.block import Block
     from kvloom.core.entries import Entries
@@ -175,7 +177,7 @@ class Scorer(Policy):
         scores = self.score(entries).float()
         if not bool(torch.isfinite(scores[valid]).all()):
             raise ValueError(f"{self}: a score is NaN or infinite")
-        newer = valid.flip(-1).cumsum(-1).flip(-1)  # rank from the newest, 1-based
+        newer = from_newest(valid)
         scores = scores.masked_fill(newer <= protected.to(scores.device)[..., None], float("inf"))
         scores = scores.masked_fill(~valid, float("-inf"))
         if tiled:

@@ -19,7 +19,7 @@ from kvloom.hf.attention import Handle, announce
 from kvloom.hf.context import Context, Host
 from kvloom.hf.layer import CompressedLayer
 from kvloom.hf.model import attach, check_dense, plan_for
-from kvloom.hf.sliding import layer_kinds, release, sliding_elements
+from kvloom.hf.sliding import layer_kinds, release
 from kvloom.hf.stats import CacheStats, collect_stats, unique_nbytes
 
 
@@ -66,8 +66,8 @@ class CompressedCache(Cache):
         self.context = Context(
             host, self.recipe, self.budget, len(compressed), track_positions=track_positions
         )
-        self.context.other_elements = sliding_elements(config)
-        plan_for(config, self.recipe, self.budget, len(compressed))
+        plan = plan_for(config, self.recipe, self.budget, len(compressed))
+        self.context.other_elements = plan.other_elements
         if is_model:
             self.context.dense = attach(model, config, self.recipe, attention)
         elif attention == "dense" or not host.reads_handles:

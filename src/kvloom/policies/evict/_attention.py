@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvloom.core.block import from_newest
 from kvloom.core.entries import Entries
 from kvloom.core.policy import Queries
 
@@ -45,7 +46,7 @@ def attention_from(entries: Entries, memory: dict[str, Tensor]) -> Tensor:
     queries, held, valid = memory["queries"], memory["held"], entries.valid
     B, H, G, n, _ = queries.shape
     S = valid.shape[-1]
-    newer = valid.flip(-1).cumsum(-1).flip(-1)  # 1: the newest
+    newer = from_newest(valid)
     rank = torch.arange(n, 0, -1, device=valid.device)
     there = rank <= held[:, None]
     step = max(1, _BLOCK_ELEMENTS // max(1, B * S))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvloom.core.block import from_newest
 from kvloom.core.entries import Entries
 from kvloom.core.policy import Scorer, check, top_newest
 from kvloom.core.recipe import Recipe
@@ -88,7 +89,7 @@ class CriticalKV(Scorer):
         if bool((attention < 0).any()):
             raise ValueError(f"{self}: the scores of {self._base} are negative, so no attention")
         window = torch.minimum(self._base.protected(target), target).to(valid.device)[..., None]
-        newer = valid.flip(-1).cumsum(-1).flip(-1)
+        newer = from_newest(valid)
         first = attention.masked_fill(newer <= window, float("inf"))
         first = first.masked_fill(~valid, float("-inf"))
         chosen = top_newest(first, (target.double() * self.first_stage).long()) & valid

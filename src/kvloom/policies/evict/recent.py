@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvloom.core.block import from_newest
 from kvloom.core.entries import Entries
 from kvloom.core.policy import Scorer, check
 
@@ -40,4 +41,4 @@ class Recent(Scorer):
 
     def score(self, entries: Entries) -> Tensor:
         """Minus the number of entries that are at least as new."""
-        return -entries.valid.flip(-1).cumsum(-1).flip(-1)
+        return -from_newest(entries.valid)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from kvloom.core.block import from_newest
 from kvloom.core.entries import Entries
 from kvloom.core.policy import Queries, Scorer, check
 from kvloom.policies.evict._attention import attention_from, remember_newest
@@ -62,7 +63,7 @@ class SnapKV(Scorer):
 
     def score(self, entries: Entries) -> Tensor:
         valid = entries.valid
-        newer = valid.flip(-1).cumsum(-1).flip(-1)
+        newer = from_newest(valid)
         before = (valid & (newer > self.window))[:, :, None]
         received = attention_from(entries, entries.memory).masked_fill(~before, 0.0)
         return self._pool(received, valid).mean(2)
