@@ -300,6 +300,7 @@ class ShadowLayer(CacheLayerMixin):
             split = self.cache.recipe.allocator.split(
                 ranked, ranked > -math.inf, torch.tensor([total])
             )
+            self.cache.close_calls += contested(values, split[0].tolist())
             if self.cache.budget is None or self.cache.budget.kind == "tokens":
                 return split[0].tolist()
             # unequal heads cost more bytes than equal ones, so the sum shrinks until they fit
@@ -394,6 +395,16 @@ class ShadowLayer(CacheLayerMixin):
             for i, j in enumerate(page):
                 self.tile[b][h][j] = page[0] * 2 + i // 32
         self.unsealed[b][h] = waiting
+
+
+def contested(values: list[dict[int, float]], split: list[int]) -> bool:
+    """Whether rounding may have decided between the heads: the last one in of one head is worth as
+    much as the first one out of another, up to noise.
+    """
+    heads = [sorted(value.values(), reverse=True) for value in values]
+    last = [head[n - 1] for head, n in zip(heads, split, strict=True) if n]
+    first = [head[n] for head, n in zip(heads, split, strict=True) if n < len(head)]
+    return any(abs(a - b) <= NOISE * abs(b) for a in last for b in first if a < math.inf)
 
 
 class ShadowCache(Cache):
