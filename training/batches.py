@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator
@@ -17,17 +18,17 @@ _mixture: Mixture
 
 
 def batches(
-    data: Corpus, recipe: Recipe, step: int, tokens: int, texts: Path, out: Path
+    data: Corpus, recipe: Recipe, step: int, tokens: int, until: float, texts: Path, out: Path
 ) -> Iterator[Batch]:
-    """Batches from ``step`` on to the end of the schedule, in order."""
+    """Batches from ``step`` on until ``until`` tokens were seen, in order."""
     if not recipe.workers:
         mixture = Mixture(data, recipe)
-        yield from (mixture.batch(*place) for place in schedule(recipe, step, tokens))
+        yield from (mixture.batch(*place) for place in schedule(recipe, step, tokens, until))
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(recipe.workers, _start, (texts, out, recipe)) as pool:
         pending: deque = deque()
-        for place in schedule(recipe, step, tokens):
+        for place in schedule(recipe, step, tokens, until):
             pending.append(pool.apply_async(_make, place))
             if len(pending) > AHEAD * recipe.workers:
                 yield pending.popleft().get()
@@ -35,9 +36,11 @@ def batches(
             yield pending.popleft().get()
 
 
-def schedule(recipe: Recipe, step: int, tokens: int) -> Iterator[tuple[int, int]]:
-    """(step, tokens seen before it) up to the recipe's total."""
-    while tokens < recipe.total:
+def schedule(
+    recipe: Recipe, step: int, tokens: int, until: float = math.inf
+) -> Iterator[tuple[int, int]]:
+    """(step, tokens seen before it) up to ``until`` or the recipe's total, whichever is less."""
+    while tokens < min(recipe.total, until):
         yield step, tokens
         tokens += recipe.stage(tokens).batch_tokens
         step += 1

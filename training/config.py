@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,25 +93,35 @@ class Recipe:
     def total(self) -> int:
         return self.stages[-1].until
 
+    @property
+    def digest(self) -> str:
+        """Hash of all values: tells whether a recipe was edited between two parts of a run."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
     def stage(self, tokens: int) -> Stage:
         """The stage a batch belongs to that starts after ``tokens``."""
         return next((s for s in self.stages if tokens < s.until), self.stages[-1])
 
 
 def load(path: Path) -> Recipe:
-    """Read a recipe and check what would otherwise fail hours later."""
-    raw = tomllib.loads(path.read_text())
+    """Read a recipe; see ``parse``."""
+    return parse(path.read_text(), str(path))
+
+
+def parse(text: str, name: str = "recipe") -> Recipe:
+    """A recipe from TOML. Raises ValueError on what would otherwise fail hours later."""
+    raw = tomllib.loads(text)
     stages = tuple(_stage(entry) for entry in raw.pop("stage"))
     model, optimizer = ModelConfig(**raw.pop("model")), Optimizer(**raw.pop("optimizer"))
     recipe = Recipe(model=model, optimizer=optimizer, stages=stages, **raw)
     if list(stages) != sorted(stages, key=lambda s: s.until):
-        raise ValueError(f"{path}: stages must be ordered by `until`")
+        raise ValueError(f"{name}: stages must be ordered by `until`")
     for stage in stages:
         if any(stage.batch_tokens % length for length in stage.lengths):
-            raise ValueError(f"{path}: batch_tokens must be a multiple of every length: {stage}")
+            raise ValueError(f"{name}: batch_tokens must be a multiple of every length: {stage}")
     longest = max(length for stage in stages for length in stage.lengths)
     if longest > model.max_positions:
-        raise ValueError(f"{path}: length {longest} exceeds max_positions {model.max_positions}")
+        raise ValueError(f"{name}: length {longest} exceeds max_positions {model.max_positions}")
     return recipe
 
 

@@ -86,13 +86,17 @@ def grow_run(run: Path, small: config.Recipe, large: config.Recipe, out: Path) -
     )
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--from", dest="small", type=Path, required=True, help="its recipe")
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe to go on with")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     grow_run(args.run, config.load(args.small), config.load(args.recipe), args.out)
 
 

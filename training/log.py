@@ -7,14 +7,10 @@ is paused.
 from __future__ import annotations
 
 import csv
-import platform
+import os
 import time
 from pathlib import Path
 from typing import Any
-
-import numpy
-import tokenizers
-import torch
 
 from training.config import Recipe
 
@@ -26,12 +22,9 @@ class Log:
     """Appends to a CSV; on resuming, rows after the checkpoint are dropped: they come again."""
 
     def __init__(self, path: Path, step: int, seconds: float) -> None:
-        kept = _rows_until(path, step)
-        self.file = path.open("w", newline="")
+        _keep_until(path, step)
+        self.file = path.open("a", newline="")
         self.writer = csv.DictWriter(self.file, COLUMNS, restval="")
-        self.writer.writeheader()
-        self.writer.writerows(kept)
-        self.file.flush()
         self.earlier, self.started = seconds, time.monotonic()
         self._reset()
 
@@ -69,15 +62,16 @@ class Log:
         self._reset()
 
 
-def versions() -> dict[str, str]:
-    """What the run was made with, for the record in checkpoints and model card."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "tokenizers": tokenizers.__version__,
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-    }
+def _keep_until(path: Path, step: int) -> None:
+    """Write the rows up to ``step`` beside the log and rename: a kill then leaves the old or the new."""
+    kept, part = _rows_until(path, step), path.with_name(f".part-{path.name}")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """The network that is trained: a Llama, written out so that it runs fast on one CPU core.
 
 Parameter names are those of transformers' ``LlamaForCausalLM``, so that a checkpoint *is* the
-exported model; ``tests/testbed/test_export.py`` holds the two implementations to the same logits.
+exported model; ``tests/testbed/test_training_export.py`` holds the two implementations to the same logits.
 The trunk returns hidden states: the output projection is applied by the caller, and only where a
 label counts, which for masked sequences saves a quarter of the work.
 """

@@ -4,6 +4,8 @@
 
 ``DIR`` receives ``data/`` (tokenizer and tokens, built once), ``checkpoints/``, ``log.csv`` and
 ``pid``. SIGTERM or SIGINT saves and leaves, and so does ``--minutes``; SIGSTOP and SIGCONT pause.
+The status is 0 once the schedule is finished (or ``--until-tokens`` reached), 75 if there is more to
+do, so that a chain of commands goes on only from what is complete.
 One GPU is used if there is one. The schedule counts tokens, so that pauses and speed change nothing
 but the time it takes.
 """
@@ -26,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training import checkpoint, config, corpus, log
+from training import checkpoint, config, corpus, log, provenance
 from training.batches import batches
 from training.mixture import Batch
 from training.model import Llama
@@ -142,10 +144,30 @@ def resume(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return state
 
 
-def run(trainer: Trainer, out: Path, texts: Path, minutes: float = math.inf) -> None:
-    """The loop: train, log, probe, save, until the schedule, a signal or the time ends it."""
+def sessions(state: dict[str, Any], recipe: config.Recipe) -> list[dict[str, Any]]:
+    """From how many tokens on which commit and recipe trained: one entry per change of either."""
+    earlier: list[dict[str, Any]] = state.get("sessions", [])
+    now = {"commit": provenance.commit(), "recipe": recipe.digest}
+    if earlier and now.items() <= earlier[-1].items():
+        return earlier
+    return [*earlier, {"from_tokens": state.get("tokens", 0), **now}]
+
+
+def run(
+    trainer: Trainer,
+    out: Path,
+    texts: Path,
+    minutes: float = math.inf,
+    until: float = math.inf,
+) -> bool:
+    """The loop: train, log, probe, save, until the schedule, a signal or the time ends it.
+
+    ``until`` ends it after so many tokens, at the rate that the whole schedule has there. Returns
+    whether that, or the end of the schedule, was reached.
+    """
     folder, recipe = out / "checkpoints", trainer.recipe
     state = resume(trainer, folder)
+    history = sessions(state, recipe)
     stop = StopSignal()
     with closing(log.Log(out / "log.csv", trainer.step, state.get("seconds", 0.0))) as table:
 
@@ -155,12 +177,14 @@ def run(trainer: Trainer, out: Path, texts: Path, minutes: float = math.inf) -> 
                 "seconds": table.seconds(),
                 "seed": recipe.seed,
                 "corpus": corpus.fingerprint(trainer.data),
-                "versions": log.versions(),
+                "versions": provenance.versions(),
+                "sessions": history,
             }
             checkpoint.save(folder, trainer.step, trainer.tensors(), meta)
 
         saved = started = time.monotonic()
-        for batch in batches(trainer.data, recipe, trainer.step, trainer.tokens, texts, out):
+        place = trainer.step, trainer.tokens, until
+        for batch in batches(trainer.data, recipe, *place, texts, out):
             length = batch[0].shape[1] - 1
             table.add(trainer.train_step(batch), length, batch[1][:, 1:].size)
             if trainer.step % recipe.log_steps == 0:
@@ -170,12 +194,13 @@ def run(trainer: Trainer, out: Path, texts: Path, minutes: float = math.inf) -> 
                         measured = probe(trainer.model, trainer.data, length, trainer.device)
                 table.write(trainer.step, trainer.tokens, recipe, measured)
             over = stop.asked or time.monotonic() - started > 60 * minutes
-            if over or time.monotonic() - saved > recipe.save_seconds:
+            if time.monotonic() - saved > recipe.save_seconds:
                 save()
                 saved = time.monotonic()
             if over:
-                return
+                break
         save()
+    return trainer.tokens >= min(recipe.total, until)
 
 
 class StopSignal:
@@ -205,14 +230,21 @@ def only_one(out: Path) -> Iterator[IO[str]]:
         yield handle
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--texts", type=Path, required=True, help="folder, .jsonl, .jsonl.xz, text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and leave after")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--until-tokens", type=int, default=math.inf, help="save and leave once so many were seen"
+    )
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     torch.set_num_threads(args.threads)
     recipe = config.load(args.recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -220,7 +252,9 @@ def main() -> None:
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     with only_one(args.out):
         data = corpus.prepare(args.texts, args.out / "data", recipe.model.vocab)
-        run(Trainer(recipe, data, device), args.out, args.texts, args.minutes)
+        trainer = Trainer(recipe, data, device)
+        finished = run(trainer, args.out, args.texts, args.minutes, args.until_tokens)
+    sys.exit(0 if finished else os.EX_TEMPFAIL)
 
 
 if __name__ == "__main__":
