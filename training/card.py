@@ -1,10 +1,20 @@
-"""The model card: what the weights are, what they were made from, what was measured on them."""
+"""The model card: what the weights are, what they were made from, what was measured on them.
+
+    python -m training.card [FOLDER]
+
+Writes the pages and figures beside the weights again, from ``training.json`` and ``evaluation.json``
+alone. Nothing is measured and no training run is needed. Without FOLDER: the weights that kvloom ships.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+from pathlib import Path
 from typing import Any
 
-from training import report
+from kvloom.testbed import WEIGHTS
+from training import config, figures, provenance, report
 from training.config import Recipe
 
 CARD = """# The testbed model
@@ -51,6 +61,25 @@ start short and grow; matrices are trained with Muon, everything else with AdamW
 """
 
 
+def write(folder: Path) -> None:
+    """``MODEL_CARD.md``, and with an evaluation of these weights ``evaluation.md`` and figures."""
+    measured = _measured(folder)
+    if measured:
+        figures.draw(measured, folder / "figures")
+        (folder / "evaluation.md").write_text(report.evaluation(measured))
+    if (folder / "training.json").exists():
+        made = json.loads((folder / "training.json").read_text())
+        (folder / "MODEL_CARD.md").write_text(card(made, config.parse(made["recipe"]), measured))
+
+
+def _measured(folder: Path) -> dict[str, Any] | None:
+    """The evaluation beside the weights, if there is one and it is of these weights."""
+    path = folder / "evaluation.json"
+    measured = json.loads(path.read_text()) if path.exists() else None
+    weights = provenance.file_sha256(folder / "model.safetensors")
+    return measured if measured and measured["about"]["weights_sha256"] == weights else None
+
+
 def card(made: dict[str, Any], recipe: Recipe, measured: dict[str, Any] | None) -> str:
     """The card of an exported checkpoint; figures only if they were measured."""
     model, versions = recipe.model, made["versions"]
@@ -93,3 +122,13 @@ def _longest(recipe: Recipe, tokens: int) -> int:
     """The longest length of the stages that training has reached."""
     reached = recipe.stages[: recipe.stages.index(recipe.stage(max(0, tokens - 1))) + 1]
     return max(length for stage in reached for length in stage.lengths)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=WEIGHTS)
+    return parser
+
+
+if __name__ == "__main__":
+    write(parser().parse_args().folder)

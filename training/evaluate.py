@@ -1,9 +1,11 @@
 """Measure a finished model with a dense cache: recall by generation, loss, phenomena.
 
-    python -m training.evaluate MODEL_DIR [--texts books_val.jsonl.xz]
+    python -m training.evaluate MODEL_DIR [--texts books_val.jsonl.xz] [--parts loss recall ...]
 
-Writes ``evaluation.json``, ``evaluation.md`` and figures beside the model. Held-out standard-library modules
-are always measured; ``--texts`` adds documents of your own, as a second text and as needle filler.
+Writes ``evaluation.json`` beside the model, after every part, with the hash of the weights and what each
+part was measured with; parts of the same weights and texts are kept. Once all parts are there, the
+pages of ``training.card`` follow. Held-out standard-library modules are always measured; ``--texts``
+adds documents of your own, as a second text and as needle filler.
 """
 
 from __future__ import annotations
@@ -11,9 +13,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +22,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvloom.testbed import tasks, texts
-from training import figures, report
+from training import card, provenance
+from training.limits import limits
 from training.loss import loss_by_context, loss_per_byte
+from training.needles import answer, needle_tasks, share
 from training.phenomena import phenomena
+from training.provenance import file_sha256, texts_sha256
 
+PARTS = ("loss", "loss_by_context", "recall", "key_value", "phenomena", "limits")
+CODE, BOOKS = "held-out stdlib", "held-out books"
 LENGTHS = (256, 512, 1024, 2048, 4096)
-FACTS = (1, 2, 3, 4)
 PAIRS = (8, 32, 64, 128)
 OFTEN = 2048  # longer tasks are dear and have no target on a CPU: one round of them has to do
-
-
-def needle_tasks(
-    length: int,
-    fillers: Sequence[str],
-    tokenizer: Any,
-    depths: int,
-    unseen: bool,
-    rounds: int = 1,
-) -> list[tasks.Task]:
-    """``rounds`` of every depth with every number of facts; seeded filler from a seeded text."""
-    grid = itertools.product(range(rounds), range(depths), FACTS)
-    made = []
-    for seed, (_, step, facts) in enumerate(grid, start=10_000 * unseen):
-        rng = random.Random(seed)
-        text = rng.choice(fillers)
-        start = rng.randrange(max(1, len(text) - 24 * length))
-        made.append(
-            tasks.needle(
-                seed,
-                text[start : start + 24 * length],
-                length,
-                lambda piece: len(tokenizer(piece).input_ids),
-                facts=facts,
-                depth=step / max(1, depths - 1),
-                unseen=unseen,
-            )
-        )
-    return made
-
-
-@torch.no_grad()
-def answer(model: Any, tokenizer: Any, task: tasks.Task) -> str:
-    """Greedy continuation of the prompt, one token longer than the answer needs."""
-    inputs = tokenizer(task.prompt, return_tensors="pt").to(model.device)
-    count = len(tokenizer(f" {task.answer}", add_special_tokens=False).input_ids) + 1
-    out = model.generate(**inputs, max_new_tokens=count, do_sample=False)
-    return tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
 def recall(
@@ -98,9 +65,9 @@ def key_value_recall(model: Any, tokenizer: Any, count: int = 40) -> dict[str, d
     out = {}
     for pairs in PAIRS:
         made = [tasks.key_value(seed, pairs, depth=seed / (count - 1)) for seed in range(count)]
-        right = [task.correct(answer(model, tokenizer, task)) for task in made]
         size = len(tokenizer(made[0].prompt).input_ids)
-        out[str(pairs)] = {"all": round(sum(right) / count, 4), "count": count, "tokens": size}
+        found = share(task.correct(answer(model, tokenizer, task)) for task in made)
+        out[str(pairs)] = {**found, "tokens": size}
         print("key-value", pairs, out[str(pairs)], flush=True)
     return out
 
@@ -112,20 +79,26 @@ def evaluate(
     lengths: Sequence[int],
     depths: int,
     rounds: int = 1,
-) -> dict[str, Any]:
-    """All measurements of one model, as plain data."""
-    code = texts.held_out_texts()
-    sources = {"held-out stdlib": code} | ({"held-out books": list(books)} if books else {})
-    longest = max(lengths)
-    return {
-        "loss": {name: loss_per_byte(model, tokenizer, t, longest) for name, t in sources.items()},
-        "loss_by_context": {
-            name: loss_by_context(model, tokenizer, t, lengths) for name, t in sources.items()
-        },
-        "recall": recall(model, tokenizer, _fillers(code, books, longest), lengths, depths, rounds),
-        "key_value": key_value_recall(model, tokenizer),
-        "phenomena": phenomena(model, tokenizer, list(books) or code),
+    parts: Sequence[str] = PARTS,
+) -> Iterator[tuple[str, Any]]:
+    """The measurements of one model, part by part: its name and its results as plain data."""
+    code, longest = texts.held_out_texts(), max(lengths)
+    sources = {CODE: code} | ({BOOKS: list(books)} if books else {})
+    fillers = _fillers(code, books, longest)
+
+    def per_source(measure: Callable[..., Any], argument: Any) -> dict[str, Any]:
+        return {name: measure(model, tokenizer, t, argument) for name, t in sources.items()}
+
+    measures: dict[str, Callable[[], Any]] = {
+        "loss": lambda: per_source(loss_per_byte, longest),
+        "loss_by_context": lambda: per_source(loss_by_context, lengths),
+        "recall": lambda: recall(model, tokenizer, fillers, lengths, depths, rounds),
+        "key_value": lambda: key_value_recall(model, tokenizer),
+        "phenomena": lambda: phenomena(model, tokenizer, list(books) or code),
+        "limits": lambda: limits(model, tokenizer, fillers),
     }
+    for part in parts:
+        yield part, measures[part]()
 
 
 def _fillers(code: Sequence[str], books: Sequence[str], longest: int) -> list[str]:
@@ -136,27 +109,52 @@ def _fillers(code: Sequence[str], books: Sequence[str], longest: int) -> list[st
     return parts + prose * max(1, round(len(parts) / max(1, len(prose))))
 
 
-def main() -> None:
+def subject(folder: Path, books: Path | None, documents: Sequence[str]) -> dict[str, Any]:
+    """What the figures are about: hashes of the weights' file and of the texts."""
+    held_out = {CODE: {"from": "standard library", "sha256": texts_sha256(texts.held_out_texts())}}
+    if books:
+        held_out[BOOKS] = {"from": books.name, "sha256": texts_sha256(documents)}
+    return {"weights_sha256": file_sha256(folder / "model.safetensors"), "texts": held_out}
+
+
+def begin(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The results to go on from: those at ``path`` if they are about the same, else none."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return known if known.get("about") == about else {"about": about, "measured_with": {}}
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--texts", type=Path, help="held-out documents: folder, .jsonl(.xz), text")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--depths", type=int, default=11)
     parser.add_argument("--rounds", type=int, default=3, help="needle tasks per depth and facts")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder for the results (default: MODEL_DIR)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     books = list(texts.local_texts(args.texts)) if args.texts else []
-    results = evaluate(model, tokenizer, books, args.lengths, args.depths, args.rounds)
-    out = args.out or args.model
-    (out / "evaluation.json").write_text(json.dumps(results, indent=1))
-    figures.draw(results, out / "figures")
-    (out / "evaluation.md").write_text(report.evaluation(results))
-    print(report.evaluation(results))
+    path = args.model / "evaluation.json"
+    results = begin(path, subject(args.model, args.texts, books))
+    environment = {"commit": provenance.commit(), **provenance.versions()}
+    grid = args.lengths, args.depths, args.rounds
+    for part, found in evaluate(model, tokenizer, books, *grid, args.parts):
+        results[part] = found
+        results["measured_with"][part] = environment
+        path.write_text(json.dumps(results, indent=1))
+    missing = [part for part in PARTS if part not in results]
+    if missing:
+        print(f"not measured yet, so no page: {', '.join(missing)}")
+    else:
+        card.write(args.model)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Without ``--to``, they become the weights that kvloom ships.
 
-The averaged weights are exported: at a constant learning rate they are the better model. Run
-``training.evaluate`` on the result and export again to put its figures into the card.
+The averaged weights are exported: at a constant learning rate they are the better model.
+``training.evaluate`` on the result then puts its figures into the card.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -86,7 +85,7 @@ def export(
     made |= {"planned_tokens": recipe.total, "recipe": recipe_path.read_text()}
     made["earlier_recipes"] = [path.read_text() for path in earlier]
     (target / "training.json").write_text(json.dumps(made, indent=1))
-    (target / "MODEL_CARD.md").write_text(card.card(made, recipe, _measured(target)))
+    card.write(target)
 
 
 def _save_tokenizer(run: Path, target: Path, longest: int) -> None:
@@ -102,13 +101,7 @@ def _save_tokenizer(run: Path, target: Path, longest: int) -> None:
     (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def _measured(target: Path) -> dict[str, Any] | None:
-    """The evaluation that lies beside the weights, if any."""
-    path = target / "evaluation.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder given to training.train as --out")
     parser.add_argument("--recipe", type=Path, required=True)
@@ -116,7 +109,11 @@ def main() -> None:
     parser.add_argument("--weights", choices=("average", "model"), default="average")
     parser.add_argument("--note", default="", help="what the card should say about this run")
     parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="recipes before this")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     export(args.run, args.recipe, args.to, args.weights, args.note, args.earlier)
 
 

@@ -52,19 +52,21 @@ def loss_per_byte(
     sizes, rows = byte_lengths(tokenizer), windows(tokenizer, documents, length, count)
     losses = torch.stack([token_losses(model, ids) for ids in rows])
     weights = sizes[torch.tensor(rows)[:, 1:]]
-    position = {}
-    for low, high in pairwise(EDGES):
-        if low < length:
-            part = slice(max(0, low - 1), high - 1)
-            position[f"{low}-{high}"] = _bits(losses[:, part], weights[:, part])
+    edges = [0, *(high for low, high in pairwise(EDGES) if low < length)]
     # Of equal span for every model, also for one that was not trained on the longest windows.
     early, early_weights = losses[:, : OVERALL - 1], weights[:, : OVERALL - 1]
     return {
         "bits_per_byte": _bits(early, early_weights),
         "perplexity": round(math.exp(early.mean().item()), 3),
         "tokens": early.numel(),
-        "bits_per_byte_by_position": position,
+        "bits_per_byte_by_position": bits_by_position(losses, weights, edges),
     }
+
+
+def bits_by_position(losses: Tensor, sizes: Tensor, edges: Sequence[int]) -> dict[str, float]:
+    """Bits per byte between token positions; losses and bytes [N, T - 1] are of all but the first."""
+    parts = {f"{low}-{high}": slice(max(0, low - 1), high - 1) for low, high in pairwise(edges)}
+    return {name: _bits(losses[:, part], sizes[:, part]) for name, part in parts.items()}
 
 
 def loss_by_context(

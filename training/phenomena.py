@@ -49,8 +49,16 @@ def sinks(model: Any, rows: Sequence[list[int]]) -> dict[str, Any]:
         "first_token": _table(first),
         "first_four": _table(four),
         "mean_first_four": round(four.mean().item(), 3),
-        "uniform_share_of_four": round(4 / ((LENGTH + SETTLED) / 2), 4),
+        "uniform_share_of_four": round(uniform_share(4), 4),
     }
+
+
+def uniform_share(tokens: int) -> float:
+    """Mass on the first ``tokens`` if each of these queries spread its attention evenly, in the mean.
+
+    Query i sees i + 1 tokens. The mean is over shares: the share at the mean position is less.
+    """
+    return sum(tokens / (i + 1) for i in range(SETTLED, LENGTH)) / (LENGTH - SETTLED)
 
 
 @torch.no_grad()

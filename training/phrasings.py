@@ -1,7 +1,8 @@
 """Ways of saying a fact that are made up on the spot, so that no list of them is learned by heart.
 
-A phrasing is an opening, then name, thing and kind in some order, then a verb. None of these words
-makes up one of the unseen phrasings of ``kvloom.testbed.phrases``; recall under those stays a test.
+A phrasing is an opening, then name, thing and kind in some order, then a verb. Pieces such as "the
+{thing} of {name}" also occur in the unseen phrasings of ``kvloom.testbed.phrases``. No made-up phrasing
+equals one of those or opens as one does; recall under them stays a test of whole sentences never seen.
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,30 @@ from training import config, tokenizer
 from training.corpus import Corpus
 
 from kvloom.testbed import phrases
+
+
+@pytest.fixture(scope="session")
+def as_toml() -> Callable[[config.Recipe], str]:
+    return _toml
+
+
+def _toml(recipe: config.Recipe) -> str:
+    """The text that ``config.parse`` reads as this recipe."""
+    values = asdict(recipe)
+    model, optimizer, stages = (values.pop(name) for name in ("model", "optimizer", "stages"))
+    parts = [_lines(values), "[model]", _lines(model), "[optimizer]", _lines(optimizer)]
+    return "\n".join([*parts, *(f"[[stage]]\n{_lines(stage)}" for stage in stages)])
+
+
+def _lines(values: dict[str, Any]) -> str:
+    return "\n".join(f"{name} = {_value(value)}" for name, value in values.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {v}" for k, v in value.items()) + " }"
+    return json.dumps(value)
+
 
 PROSE = (
     "It was late in the evening when the captain came down to the harbour. "

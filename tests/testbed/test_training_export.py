@@ -1,23 +1,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from training import checkpoint, config, export, figures, report
+from training import checkpoint, config, export, figures, limits, phenomena, report
 from training.corpus import Corpus
 from training.evaluate import evaluate
 from training.train import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "cpu.toml"
-SMALL = RECIPE.with_name("cpu_small.toml")
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 
 
 @pytest.fixture(scope="module")
 def exported(
-    corpus: Corpus, recipe: config.Recipe, tmp_path_factory: pytest.TempPathFactory
+    corpus: Corpus,
+    recipe: config.Recipe,
+    as_toml: Callable[[config.Recipe], str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Trainer, Path]:
     run = tmp_path_factory.mktemp("run")
     trainer = Trainer(recipe, corpus, torch.device("cpu"))
@@ -26,9 +29,8 @@ def exported(
     checkpoint.save(run / "checkpoints", 1, trainer.tensors(), {**state, "versions": versions})
     (run / "data").mkdir()
     corpus.tokenizer.save(str(run / "data" / "tokenizer.json"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "load", lambda path: recipe)
-        export.export(run, RECIPE, run / "weights")
+    (run / "tiny.toml").write_text(as_toml(recipe))
+    export.export(run, run / "tiny.toml", run / "weights")
     return trainer, run / "weights"
 
 
@@ -65,12 +67,11 @@ def test_the_card_names_what_is_unfinished(exported: tuple[Trainer, Path]) -> No
 def test_recipes_of_earlier_parts_are_recorded(
     exported: tuple[Trainer, Path], recipe: config.Recipe, tmp_path: Path
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "load", lambda path: recipe)
-        export.export(exported[1].parent, RECIPE, tmp_path, note="Two parts.", earlier=[SMALL])
+    run, earlier = exported[1].parent, RECIPES / "cpu_small.toml"
+    export.export(run, run / "tiny.toml", tmp_path, note="Two parts.", earlier=[earlier])
     made = json.loads((tmp_path / "training.json").read_text())
-    assert made["recipe"] == RECIPE.read_text()
-    assert made["earlier_recipes"] == [SMALL.read_text()]
+    assert config.parse(made["recipe"]) == recipe
+    assert made["earlier_recipes"] == [earlier.read_text()]
     assert "Two parts." in (tmp_path / "MODEL_CARD.md").read_text()
 
 
@@ -84,7 +85,9 @@ def test_an_evaluation_can_be_read_as_a_page(
         patch.setattr("training.phenomena.LENGTH", 200)
         patch.setattr("training.phenomena.retrieval_heads", no_retrieval_heads)
         patch.setattr("training.evaluate.key_value_recall", lambda *_: KEY_VALUES)
-        results = evaluate(model, tokenizer, [], [192, 256], depths=2, rounds=2)
+        patch.setattr("training.limits.CONTEXT", 192)
+        patch.setattr("training.limits.FREE_TASKS", 2)
+        results = dict(evaluate(model, tokenizer, [], [192, 256], depths=2, rounds=2))
     results = json.loads(json.dumps(results))
     page = report.evaluation(results)
     assert "| 256 | 0.0 % (0.0 to 19.4) | 0.0 % (0.0 to 19.4) |" in page
@@ -94,6 +97,10 @@ def test_an_evaluation_can_be_read_as_a_page(
     assert 0 < results["phenomena"]["sinks"]["mean_first_four"] < 0.5
     by_position = results["loss"]["held-out stdlib"]["bits_per_byte_by_position"]
     assert list(by_position) == ["0-64", "64-128", "128-256"]
+    beyond, layers = results["limits"]["beyond"], results["limits"]["layers"]
+    assert list(beyond["recall"]) == ["288", "320", "384"]
+    assert list(beyond["bits_per_byte_by_position"])[-1] == "320-384"
+    assert len(layers["only"]) == len(layers["all_but"]) == model.config.num_hidden_layers
 
 
 KEY_VALUES = {"8": {"all": 0.25, "count": 40, "tokens": 100}}
@@ -104,13 +111,33 @@ def no_retrieval_heads(*_: object) -> dict[str, object]:
 
 
 def test_the_recipes_in_the_repository_are_valid() -> None:
-    recipes = {path.stem: config.load(path) for path in RECIPE.parent.glob("*.toml")}
+    recipes = {path.stem: config.load(path) for path in RECIPES.glob("*.toml")}
     for recipe in recipes.values():
         assert recipe.model.head_dim == 64 and recipe.model.heads > recipe.model.kv_heads
     for name in ("cpu", "cpu_ship", "gpu"):
         assert max(recipes[name].stages[-1].lengths) == 4096
     assert min(recipes["cpu"].total, recipes["gpu"].total) >= 100_000_000
     assert recipes["cpu_ship"].model == recipes["cpu"].model
+
+
+def test_attention_spread_evenly_is_averaged_over_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert phenomena.uniform_share(4) == pytest.approx(0.0093, abs=5e-5)
+    monkeypatch.setattr(phenomena, "LENGTH", 4)
+    monkeypatch.setattr(phenomena, "SETTLED", 2)
+    assert phenomena.uniform_share(1) == pytest.approx((1 / 3 + 1 / 4) / 2)
+
+
+def test_a_layer_without_its_past_sees_the_newest_of_the_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "LEFT", 2)
+    assert limits.visible(5, seen=3)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1],
+    ]
 
 
 def test_the_card_says_which_aims_were_missed() -> None:

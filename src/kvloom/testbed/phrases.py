@@ -1,7 +1,9 @@
 """The vocabulary of planted facts: who owns what, and the ways to say and to ask it.
 
-Every phrasing ends where the value stands, so that asking is completing. The unseen phrasings never
-occur in training: recall under them shows that a fact was understood and not only a string matched.
+Every phrasing ends where the value stands, so that asking is completing: none states the value before
+its owner, and none asks without leading up to the answer. Training holds the unseen phrasings out as
+whole sentences; their pieces ("{name}'s {thing}", "the {kind}", ":") also occur in seen ones. Recall
+under them shows more than that a string was matched, and less than that free language is understood.
 """
 
 from __future__ import annotations
