@@ -72,7 +72,7 @@ def loss(results: dict[str, Any]) -> Figure:
     left.set_xlabel("tokens of context, the same 128 tokens predicted")
     left.set_ylabel("bits per byte (lower is better)")
     right.set_xlabel("position in the window")
-    right.tick_params(axis="x", labelsize=7)
+    right.tick_params(axis="x", labelsize=6.5)
     left.legend(frameon=False)
     figure.suptitle("Loss on held-out text, dense cache", fontsize=11)
     return figure
@@ -81,24 +81,27 @@ def loss(results: dict[str, Any]) -> Figure:
 def first_tokens(results: dict[str, Any]) -> Figure:
     """Attention mass on the first four tokens, head by head."""
     sinks = results["phenomena"]["sinks"]
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     axes = figure.subplots()
-    _bars(axes, sinks["first_four"])
     even = sinks["uniform_share_of_four"]
-    axes.axhline(even, color="black", ls=":", label=f"spread evenly: {even:.1%}")
+    _bars(axes, sinks["first_four"], above=even)
+    axes.margins(y=0.1)
+    axes.axhline(even, color="black", ls=":", lw=1, label=f"spread evenly: {even:.2%}")
     axes.set_ylabel("attention mass")
-    axes.legend(frameon=False)
+    _legend(axes)
     axes.set_title("Attention of later tokens on the first four, by head", fontsize=11)
     return figure
 
 
 def retrieval_heads(results: dict[str, Any]) -> Figure:
     """How often a head looks exactly at the token to be copied."""
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     axes = figure.subplots()
     _bars(axes, results["phenomena"]["retrieval_heads"]["score"])
-    axes.set_ylim(0, 1.05)
+    axes.set_ylim(0, 1.08)
+    axes.axhline(0.5, color="black", ls=":", lw=1, label="counted as retrieval head above")
     axes.set_ylabel("share of answer tokens")
+    _legend(axes)
     axes.set_title("Strongest attention on the token to be copied, by head", fontsize=11)
     return figure
 
@@ -125,15 +128,27 @@ def key_channels(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, by_layer: Sequence[Sequence[float]]) -> None:
-    """One group of bars per layer, one bar per head."""
+def _bars(axes: Axes, by_layer: Sequence[Sequence[float]], above: float = 0.0) -> None:
+    """One group of bars per layer, one bar per query head, its per cent above it and ``above``."""
     heads = len(by_layer[0])
     for head in range(heads):
         at = [layer + (head - (heads - 1) / 2) * 0.8 / heads for layer in range(len(by_layer))]
         heights = [layer[head] for layer in by_layer]
-        axes.bar(at, heights, 0.74 / heads, color=COLOURS[head % len(COLOURS)])
+        colour = COLOURS[head % len(COLOURS)]
+        axes.bar(at, heights, 0.74 / heads, color=colour, label=f"query head {head}", zorder=2)
         for x, height in zip(at, heights, strict=True):
-            label = f"{100 * height:.0f}"
-            axes.annotate(label, (x, height), ha="center", va="bottom", fontsize=7)
+            axes.annotate(
+                f"{100 * height:.0f}",
+                (x, max(height, above)),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
     axes.yaxis.set_major_formatter(PERCENT)
     axes.set_xticks(range(len(by_layer)), [f"layer {layer}" for layer in range(len(by_layer))])
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the bars, since any corner inside may hold some."""
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
