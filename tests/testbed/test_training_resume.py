@@ -4,17 +4,19 @@ import csv
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from training import checkpoint
+from training import checkpoint, provenance
 from training.config import Optimizer, Recipe
 from training.corpus import Corpus
+from training.log import Log
 from training.mixture import Batch
 from training.muon import orthogonalize
-from training.train import Trainer, only_one, run, where_counted
+from training.train import Trainer, only_one, run, sessions, where_counted
 
 CPU = torch.device("cpu")
 
@@ -73,6 +75,53 @@ def test_a_run_ends_when_its_time_is_over_and_goes_on_later(
         run(trainer, out, out, minutes=0)
         assert trainer.step == steps
     assert all(torch.equal(straight[name], t) for name, t in trainer.tensors().items())
+
+
+def test_a_run_can_leave_its_schedule_after_some_tokens(
+    corpus: Corpus, recipe: Recipe, tmp_path: Path
+) -> None:
+    straight = train(corpus, recipe, tmp_path / "straight")
+    out = tmp_path / "parts"
+    out.mkdir()
+    for until, tokens in ((600, 1024), (1024, 1024), (9999, 3072)):
+        trainer = Trainer(recipe, corpus, CPU)
+        assert run(trainer, out, out, until=until)
+        assert trainer.tokens == tokens
+    assert all(torch.equal(straight[name], t) for name, t in trainer.tensors().items())
+
+
+def test_a_run_that_was_stopped_says_so(corpus: Corpus, recipe: Recipe, tmp_path: Path) -> None:
+    trainer = Trainer(recipe, corpus, CPU)
+    assert not run(trainer, tmp_path, tmp_path, minutes=0)
+
+
+def test_sessions_tell_commits_and_recipes_apart(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "commit", lambda: "a")
+    one = {"sessions": sessions({}, recipe), "tokens": 512}
+    assert one["sessions"] == [{"from_tokens": 0, "commit": "a", "recipe": recipe.digest}]
+    assert sessions(one, recipe) == one["sessions"]
+    monkeypatch.setattr(provenance, "commit", lambda: "b")
+    other = replace(recipe, seed=2)
+    assert sessions(one, other)[1:] == [{"from_tokens": 512, "commit": "b", "recipe": other.digest}]
+
+
+def test_a_kill_while_the_log_is_cut_leaves_it_whole(
+    corpus: Corpus, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(corpus, recipe, tmp_path)
+    before = rows(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", killed)
+        Log(tmp_path / "log.csv", 2, 0.0)
+    assert rows(tmp_path) == before
+    Log(tmp_path / "log.csv", 2, 0.0).close()
+    assert rows(tmp_path) == before[:1]
 
 
 def test_the_log_repeats_no_step_after_a_resume(
