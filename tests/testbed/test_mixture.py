@@ -76,11 +76,27 @@ def test_each_step_has_the_tokens_its_stage_plans(mixture: Mixture, recipe: Reci
         assert mixture.batch(*place)[0][:, 1:].size == 512
 
 
-def test_training_never_sees_the_unseen_phrasings(mixture: Mixture, corpus: Corpus) -> None:
-    rows = [mixture.sequence(random.Random(s), "questions", 256)[0] for s in range(40)]
-    text = " ".join(corpus.tokenizer.decode(row) for row in rows)
-    for phrasing in phrases.UNSEEN_STATEMENTS + phrases.UNSEEN_QUESTIONS:
-        assert phrasing.split("{")[0].strip() not in text
+@pytest.mark.parametrize("invented", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["questions", "needle"])
+def test_training_never_sees_the_unseen_phrasings(
+    corpus: Corpus, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, kind: str, invented: float
+) -> None:
+    mixture, used = Mixture(corpus, recipe), set()
+    mixture.use_phrasings(0, invented)
+    prefix = phrases.Fact.prefix
+
+    def noted(fact: phrases.Fact, phrasing: str) -> str:
+        used.add(phrasing)
+        return prefix(fact, phrasing)
+
+    monkeypatch.setattr(phrases.Fact, "prefix", noted)
+    for seed in range(40):
+        mixture.sequence(random.Random(seed), kind, 256)
+    unseen = phrases.UNSEEN_STATEMENTS + phrases.UNSEEN_QUESTIONS
+    assert len(used & set(phrases.STATEMENTS)) > 10
+    assert not used & set(unseen)
+    openings = [phrasing.split("{")[0].strip() for phrasing in unseen]
+    assert not any(phrasing.startswith(o) for phrasing in used for o in openings)
 
 
 def test_a_stage_can_limit_the_ways_of_saying_a_fact(corpus: Corpus, recipe: Recipe) -> None:

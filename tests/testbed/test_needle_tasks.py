@@ -41,9 +41,14 @@ def test_unseen_phrasings_share_nothing_with_the_seen_ones() -> None:
     unseen = set(phrases.UNSEEN_STATEMENTS + phrases.UNSEEN_QUESTIONS)
     assert not seen & unseen
     assert all("{name}" in p and "{thing}" in p for p in seen | unseen)
-    question = tasks.needle(2, FILLER, 900, unseen=True).question
-    fact_free = [p.split("{")[0] for p in phrases.UNSEEN_QUESTIONS]
-    assert any(question.startswith(f"\n{start}") for start in fact_free)
+    for seed in range(20):
+        task = tasks.needle(seed, FILLER, 900, unseen=True)
+        stated = next(line for line in task.context.splitlines() if task.answer in line)
+        for said, phrasings in (
+            (stated, phrases.UNSEEN_STATEMENTS),
+            (task.question.strip(), phrases.UNSEEN_QUESTIONS),
+        ):
+            assert any(said.startswith(phrasing.split("{")[0]) for phrasing in phrasings)
 
 
 def test_words_can_be_asked_instead_of_numbers() -> None:
