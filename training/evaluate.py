@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvloom.testbed import tasks, texts
 from training import card, provenance
-from training.limits import limits
+from training.limits import beyond, forms, layers
 from training.loss import loss_by_context, loss_per_byte
 from training.needles import answer, needle_tasks, share
 from training.phenomena import phenomena
 from training.provenance import file_sha256, texts_sha256
 
-PARTS = ("loss", "loss_by_context", "recall", "key_value", "phenomena", "limits")
+PARTS = ("loss", "loss_by_context", "recall", "key_value", "phenomena", "beyond", "forms", "layers")
 CODE, BOOKS = "held-out stdlib", "held-out books"
 LENGTHS = (256, 512, 1024, 2048, 4096)
 PAIRS = (8, 32, 64, 128)
@@ -95,7 +95,9 @@ def evaluate(
         "recall": lambda: recall(model, tokenizer, fillers, lengths, depths, rounds),
         "key_value": lambda: key_value_recall(model, tokenizer),
         "phenomena": lambda: phenomena(model, tokenizer, list(books) or code),
-        "limits": lambda: limits(model, tokenizer, fillers),
+        "beyond": lambda: beyond(model, tokenizer, fillers),
+        "forms": lambda: forms(model, tokenizer, fillers),
+        "layers": lambda: layers(model, tokenizer, fillers),
     }
     for part in parts:
         yield part, measures[part]()

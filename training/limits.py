@@ -48,15 +48,6 @@ FORMS = {
 }
 
 
-def limits(model: Any, tokenizer: Any, fillers: Sequence[str]) -> dict[str, Any]:
-    """All three, as plain data."""
-    return {
-        "beyond": beyond(model, tokenizer, fillers),
-        "forms": forms(model, tokenizer, fillers),
-        "layers": layers(model, tokenizer, fillers),
-    }
-
-
 def beyond(model: Any, tokenizer: Any, fillers: Sequence[str]) -> dict[str, Any]:
     """Needle recall in contexts longer than the model claims, and bits per byte by position there."""
     longest = model.config.max_position_embeddings
@@ -114,7 +105,8 @@ def layers(model: Any, tokenizer: Any, fillers: Sequence[str]) -> dict[str, Any]
     The context is read in full; then question and answer see no more of it in those layers.
     ``only``: one layer loses its past, ``all_but``: every other one does.
     """
-    made = needle_tasks(CONTEXT, fillers, tokenizer, DEPTHS, unseen=True)
+    made = needle_tasks(CONTEXT, fillers, tokenizer, DEPTHS + 1, unseen=True)
+    made = [task for task in made if task.depth < 1]  # at 1 the fact stands among what is kept
     every = range(model.config.num_hidden_layers)
     out: dict[str, Any] = {"tokens": CONTEXT, "left": LEFT}
     out["none"] = share(_correct(model, tokenizer, t, ()) for t in made)

@@ -97,7 +97,7 @@ def test_an_evaluation_can_be_read_as_a_page(
     assert 0 < results["phenomena"]["sinks"]["mean_first_four"] < 0.5
     by_position = results["loss"]["held-out stdlib"]["bits_per_byte_by_position"]
     assert list(by_position) == ["0-64", "64-128", "128-256"]
-    beyond, layers = results["limits"]["beyond"], results["limits"]["layers"]
+    beyond, layers = results["beyond"], results["layers"]
     assert list(beyond["recall"]) == ["288", "320", "384"]
     assert list(beyond["bits_per_byte_by_position"])[-1] == "320-384"
     assert len(layers["only"]) == len(layers["all_but"]) == model.config.num_hidden_layers
