@@ -101,7 +101,8 @@ def test_nothing_runs_code_from_data(path: Path) -> None:
 def test_files_and_functions_stay_small(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     lines = text.count("\n")
-    assert lines < (120 if room_of(path) in ("formats", "policies") else 450)
+    one_method = room_of(path) in ("formats", "policies") and not path.name.startswith("_")
+    assert lines < (120 if one_method else 450)
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, functions):

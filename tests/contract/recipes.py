@@ -24,6 +24,7 @@ VARIANTS = {
     "streaming_llm": ["streaming_llm(positions='original')"],
     "h2o": ["h2o(sinks=3)"],
     "dense": ["dense(rope='pre')"],
+    "int4": ["int4(keys='channel')", "int4(hadamard='both', symmetric=True)"],
 }
 # name -> texts that are tested instead of defaults that do nothing
 INSTEAD = {"weighted": ["weighted(layers=(1.5, 0.7, 1.0), heads=(1.0, 0.6))"]}

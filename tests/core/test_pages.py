@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
@@ -12,12 +13,18 @@ from hypothesis import strategies as st
 from kvloom.core import registry
 from kvloom.core.block import Block
 from kvloom.core.compaction import compact
-from kvloom.core.format import PAGE, PageBatch, PageFormat
+from kvloom.core.format import PAGE, TILES, PageFormat
 from kvloom.core.pages import SMALL, PagePool
-from kvloom.core.policy import TILE
+from kvloom.core.recipe import Recipe
+from kvloom.core.slab import Slab
+from kvloom.kernels.layout import TILE
+from kvloom.positions.rope import RopeSpec
+from tests.formats.reading import Cell, place_of
 
 D, E = 4, 6
 FORMATS = {name: cls() for name, cls in registry.policies("format").items()}
+FORMATS["int4_channel"] = CHANNEL = Recipe.parse("int4(keys='channel')").format
+ROPE = RopeSpec(torch.tensor([1.0, 0.1]), D)
 
 
 @dataclass
@@ -35,9 +42,10 @@ class Model:
 
     def __init__(self, fmt: PageFormat, B: int, H: int):
         meta = {"positions": torch.int32, "state": torch.float32}
-        layout = fmt.layout(D, E, torch.float32)
         self.fmt = fmt
-        self.pool = PagePool(fmt, layout, torch.float32, torch.device("cpu"), B, H, meta)
+        place = place_of(D, E, H, ROPE)
+        self.pool = PagePool(fmt, place, torch.float32, torch.device("cpu"), B, meta)
+        self.readers = [[Cell(fmt, place, h) for h in range(H)] for _ in range(B)]
         self.cells: list[list[list[list[Entry]]]] = [[[] for _ in range(H)] for _ in range(B)]
         self.next = 0
         self.generator = torch.Generator().manual_seed(7)
@@ -61,24 +69,17 @@ class Model:
         self.pool.seal(block, torch.tensor(pages), cap)
         for b in range(B):
             for h in range(H):
-                for page in range(pages[b][h]):
-                    where = slice(page * PAGE, (page + 1) * PAGE)
-                    read = self.read_back(keys[b, h, where], values[b, h, where])
-                    entries = [
-                        Entry(int(n), k, v, float(s))
-                        for n, k, v, s in zip(
-                            names[b, h, where], *read, state[b, h, where], strict=True
-                        )
-                    ]
-                    tiles = [entries[i : i + TILE] for i in range(0, PAGE, TILE)]
-                    self.cells[b][h] = [*self.cells[b][h], *tiles]
-
-    def read_back(self, keys, values):
-        """What one page alone reads back as."""
-        none = torch.zeros(1, dtype=torch.long)
-        encoded = self.fmt.encode(PageBatch(keys[None], values[None], none, none), {})
-        sets = {n: x.expand(PAGE // TILE, *x.shape[1:]) for n, x in encoded.scale_set.items()}
-        return self.fmt.decode({n: x[0] for n, x in encoded.slot.items()}, sets, torch.float32)
+                n = pages[b][h] * PAGE
+                if not n:
+                    continue
+                sealed = (x[b, h, :n].unflatten(0, (-1, PAGE)) for x in (keys, values))
+                read = [x.flatten(0, 1) for x in self.readers[b][h].read(*sealed)]
+                entries = [
+                    Entry(int(i), k, v, float(s))
+                    for i, k, v, s in zip(names[b, h, :n], *read, state[b, h, :n], strict=True)
+                ]
+                tiles = [entries[i : i + TILE] for i in range(0, n, TILE)]
+                self.cells[b][h] = [*self.cells[b][h], *tiles]
 
     def live(self, b: int, h: int) -> list[Entry]:
         return [e for tile in self.cells[b][h] for e in tile]
@@ -122,6 +123,7 @@ class Model:
     def rows(self, index: list[int]) -> None:
         self.pool.rows(torch.tensor(index))
         self.cells = [[list(cell) for cell in self.cells[i]] for i in index]
+        self.readers = [deepcopy(self.readers[i]) for i in index]
 
     def compact(self) -> None:
         if self.pool.slabs:
@@ -168,12 +170,21 @@ class Model:
 
 
 def allocated(pool: PagePool) -> int:
-    return sum(next(iter(slab.fields.values())).shape[0] for slab in pool.slabs)
+    return sum(slab.size for slab in pool.slabs)
+
+
+def fields(slab: Slab) -> dict[str, torch.Tensor]:
+    return {**slab.slot, **slab.tile, **slab.index}
+
+
+def stored(slab: Slab) -> list[torch.Tensor]:
+    return [*slab.slot.values(), *slab.tile.values(),
+            *(x for family in slab.sets.values() for x in family.values())]  # fmt: skip
 
 
 def nbytes(pool: PagePool, what: str = "all") -> int:
     """Bytes of unique storages."""
-    tensors = [t for slab in pool.slabs for t in (*slab.fields.values(), *slab.sets.values())]
+    tensors = [t for slab in pool.slabs for t in stored(slab)]
     tensors = tensors if what == "codes" else pool.tensors()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
@@ -246,7 +257,7 @@ def contents(slab):
             )
         ]
     )
-    return {name: x[used].clone() for name, x in slab.fields.items()}, used
+    return {name: x[used].clone() for name, x in fields(slab).items()}, used
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -256,14 +267,14 @@ def test_appending_never_copies_the_past(name, limit):
     model.seal([[3, 1], [2, 3]], limit)
     for pages in ([[1, 1], [1, 1]], [[0, 2], [1, 0]], [[1, 1], [1, 1]], [[1, 1], [1, 1]]):
         slabs = list(model.pool.slabs)
-        pointers = [[t.data_ptr() for t in (*s.fields.values(), *s.sets.values())] for s in slabs]
+        pointers = [[t.data_ptr() for t in stored(s)] for s in slabs]
         before = [contents(slab) for slab in slabs]
         model.seal(pages, limit)
         assert all(a is b for a, b in zip(model.pool.slabs, slabs, strict=False))
         for slab, old, (held, used) in zip(slabs, pointers, before, strict=True):
-            assert [t.data_ptr() for t in (*slab.fields.values(), *slab.sets.values())] == old
+            assert [t.data_ptr() for t in stored(slab)] == old
             for field, x in held.items():
-                assert torch.equal(slab.fields[field][used], x)
+                assert torch.equal(fields(slab)[field][used], x)
         model.check()
 
 
@@ -328,18 +339,22 @@ def test_freed_memory_is_free(name):
     assert model.pool.live.tolist() == [[survivors] * 2] * 2
     assert allocated(model.pool) == 4 * 2
     layout = fmt.layout(D, E, torch.float32)
-    ids = 4 * (PAGE // TILE) if layout.scale_set else 0  # set ids are counted with the page
-    sets = sum(f.nbytes for f in layout.scale_set.values())
+    ids = 4 * TILES * len(layout.sets)  # set ids are counted with the page
+    sets = {n: sum(f.nbytes for f in family.values()) for n, family in layout.sets.items()}
     # four surviving tiles come from four pages: their sets all live on
-    held = {name: x.shape[0] for slab in model.pool.slabs for name, x in slab.sets.items()}
-    assert all(n == 4 * 4 for n in held.values())
-    want = 8 * (layout.page_nbytes() - ids - sets) + sum(held.values()) * sets
+    (slab,) = model.pool.slabs
+    held = {n: slab.n_sets[n] for n in sets}
+    assert all(slab.set_room(n) == 0 for n in sets)
+    if fmt is CHANNEL:
+        assert held == {"scales": 4 * 4}
+    want = 8 * (layout.page_nbytes() - ids - sum(sets.values()))
+    want += sum(held[n] * sets[n] for n in sets)
     assert nbytes(model.pool, "codes") == want
 
 
 def test_shared_scales_keep_whole_tiles():
     """One live entry holds its tile of 32, and no more."""
-    model = Model(FORMATS["int4_channel"], 1, 1)
+    model = Model(CHANNEL, 1, 1)
     model.seal([[4]])
     keep_one = {1, 70, 200}
     model.evict([[{e.name for e in model.live(0, 0)} - keep_one]])
@@ -363,10 +378,10 @@ def test_evicting_everything_releases_everything(name):
 
 
 def test_scale_sets_are_remapped_and_dropped():
-    model = Model(FORMATS["int4_channel"], 1, 2)
+    model = Model(CHANNEL, 1, 2)
     model.seal([[3, 3]])
     model.seal([[1, 1]])
-    sets = sum(slab.n_sets for slab in model.pool.slabs)
+    sets = sum(slab.n_sets["scales"] for slab in model.pool.slabs)
     assert sets == 8
     # of head 0 the first and the last page go, of head 1 half of each page
     lost = [
@@ -379,9 +394,9 @@ def test_scale_sets_are_remapped_and_dropped():
     model.compact()
     model.check()
     (slab,) = model.pool.slabs
-    assert slab.n_sets == 2 + 4
-    assert all(x.shape[0] == 6 for x in slab.sets.values())
-    live_tiles = slab.set_of[: 2 + 2]
+    assert slab.n_sets == {"scales": 2 + 4}
+    assert all(x.shape[0] == 6 for x in slab.sets["scales"].values())
+    live_tiles = slab.index["scales"][: 2 + 2]
     assert live_tiles.unique().tolist() == list(range(6))
 
 
@@ -396,12 +411,17 @@ def test_nothing_is_encoded_twice(name, monkeypatch):
         return plain(self, batch, statistics)
 
     model = Model(fmt, 2, 2)
-    monkeypatch.setattr(model, "read_back", lambda k, v: (k, v))
+    monkeypatch.setattr(Cell, "read", lambda self, k, v: (k, v))
     monkeypatch.setattr(type(fmt), "encode", counting)
     model.seal([[4, 4], [4, 4]])
     model.seal([[1, 0], [2, 0]])
     assert sum(encoded) == 16 + 3
-    codes = {field: x.clone() for field, x in model.pool.slabs[0].fields.items()}
+    codes = {field: x.clone() for field, x in model.pool.slabs[0].slot.items()}
+    planes = {
+        name: f.codec.unpack(model.pool.slabs[0].tile[name][0]) if fmt.movable
+        else model.pool.slabs[0].tile[name][0].clone()
+        for name, f in model.pool.layout.tile.items()
+    }  # fmt: skip
     model.evict(every_tenth(model, tiles=not fmt.movable))
     model.compact()
     model.rows([1, 1, 0])
@@ -410,7 +430,13 @@ def test_nothing_is_encoded_twice(name, monkeypatch):
     # the bits of the first survivor of row 0 (now row 2) are those of the start
     (slab,) = model.pool.slabs
     for field, x in codes.items():
-        assert torch.equal(slab.fields[field][slab.first[2, 0], 0], x[0, 0])
+        assert torch.equal(slab.slot[field][slab.first[2, 0], 0], x[0, 0])
+    for name, f in model.pool.layout.tile.items():
+        now = slab.tile[name][slab.first[2, 0]]
+        if fmt.movable:
+            assert torch.equal(f.codec.unpack(now)[0, 0], planes[name][0, 0])
+        else:
+            assert torch.equal(now[0], planes[name][0])
 
 
 def test_dropping_the_newest_gives_pages_back_to_the_slab():
@@ -419,10 +445,10 @@ def test_dropping_the_newest_gives_pages_back_to_the_slab():
     model.drop_newest([[PAGE + 10]])
     model.check()
     assert int(model.pool.pages) == 2
-    pointer = model.pool.slabs[0].fields["keys"].data_ptr()
+    pointer = model.pool.slabs[0].slot["keys"].data_ptr()
     model.seal([[1]])
     assert len(model.pool.slabs) == 1
-    assert model.pool.slabs[0].fields["keys"].data_ptr() == pointer
+    assert model.pool.slabs[0].slot["keys"].data_ptr() == pointer
     model.check()
     model.drop_newest([[2 * PAGE + 54]])
     model.check()
@@ -470,7 +496,7 @@ def test_shared_slabs_are_never_written(name):
     for slab, before, used in held:
         assert any(slab is other for other in model.pool.slabs)
         for field, x in before.items():
-            assert torch.equal(slab.fields[field][used], x)
+            assert torch.equal(fields(slab)[field][used], x)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -12,7 +12,7 @@ from kvloom import Lazy, Recipe
 from kvloom.core import registry
 from kvloom.formats.dense import Dense
 from kvloom.formats.int4 import Int4
-from kvloom.formats.int4_channel import Int4Channel
+from kvloom.formats.int8 import Int8
 from kvloom.policies.allocate.weighted import Weighted
 from kvloom.policies.evict.h2o import H2O
 from kvloom.policies.evict.streaming_llm import StreamingLLM
@@ -23,7 +23,7 @@ REFUSED = [
     ("zzz", "unknown method 'zzz'"),
     ("none | int4", "unknown method 'none'"),
     ("h2o(recnt=0.5)", "h2o has no parameter 'recnt'; did you mean 'recent'? (it has: recent, sinks)"),
-    ("int4(bits=2)", "int4 has no parameter 'bits' (it has: no parameters)"),
+    ("int4(bits=2)", "int4 has no parameter 'bits' (it has: value_bits, "),
     ("h2o(0.5)", "write h2o's parameters as name=value"),
     ("h2o(*a)", "write h2o's parameters as name=value"),
     ("h2o(recent=half)", "recent of h2o must be a literal, not 'half'"),
@@ -84,8 +84,8 @@ def test_text_is_never_evaluated(tmp_path):
         ("(h2o | int4)", Recipe(H2O(), format=Int4())),
         ("dense(rope='pre')", Recipe(format=Dense("pre"))),
         (
-            "h2o | lazy(every=64, slack=16) | weighted(heads=(1, 2)) | mean_centroid | int4_channel",
-            Recipe(H2O(), Weighted(heads=(1, 2)), MeanCentroid(), Int4Channel(), Lazy(64, 16)),
+            "h2o | lazy(every=64, slack=16) | weighted(heads=(1, 2)) | mean_centroid | int8",
+            Recipe(H2O(), Weighted(heads=(1, 2)), MeanCentroid(), Int8(), Lazy(64, 16)),
         ),
         ("h2o | lazy", Recipe(H2O())),
         ("h2o | lazy(every=1)", Recipe(H2O())),
@@ -120,7 +120,7 @@ recipes = st.builds(
     scorers,
     st.none() | st.builds(Weighted, weights, weights),
     st.none() | st.just(MeanCentroid()),
-    st.sampled_from([None, Int4(), Int4Channel(), Dense(), Dense("pre")]),
+    st.sampled_from([None, Int4(), Int8(), Dense(), Dense("pre")]),
     st.builds(Lazy, st.integers(0, 99), st.integers(0, 99), st.just(0) | st.integers(99, 200)),
 )
 

@@ -7,8 +7,8 @@ import torch
 
 from kvloom.core import registry
 from kvloom.core.format import PAGE, PageBatch
-from kvloom.core.policy import TILE
 from kvloom.formats import _nibbles
+from kvloom.kernels.layout import TILE
 
 FORMATS = {name: cls() for name, cls in registry.policies("format").items()}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,6 +11,7 @@ masks are written again.
 from __future__ import annotations
 
 import math
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -27,13 +28,14 @@ from transformers.masking_utils import eager_mask
 
 from kvloom.core.budget import Budget
 from kvloom.core.entries import Entries
-from kvloom.core.format import PageBatch
+from kvloom.core.format import Place
 from kvloom.core.plan import LayerPlan
 from kvloom.core.policy import Allocator, Queries
 from kvloom.core.recipe import Recipe
 from kvloom.formats.dense import Dense
 from kvloom.hf.output import output_weight_of
 from kvloom.hf.rope import rope_of
+from tests.formats.reading import Cell
 from tests.oracle.mergers import Centroids, Folded
 
 NAME = "shadow_oracle"
@@ -60,8 +62,19 @@ class ShadowLayer(CacheLayerMixin):
         self.tile = [[{} for _ in range(H)] for _ in range(B)]
         self.folded = [[Folded() for _ in range(H)] for _ in range(B)]
         self.since = [[0] * H for _ in range(B)]
+        self.cells = self.readers(B, H)
         self.held: Tensor | None = None
         self.is_initialized = True
+
+    def readers(self, B: int, H: int) -> list[list[Cell]]:
+        """What each (row, head) reads of the pages it sealed."""
+        fmt = self.cache.format
+        if fmt is None:
+            return []
+        rope = self.rope if fmt.pre_rope or "rope" in fmt.needs else None
+        widths = self.keys.shape[3], self.values.shape[3]
+        place = Place(self.index, self.cache.compressed, H, *widths, rope)
+        return [[Cell(fmt, place, h) for h in range(H)] for _ in range(B)]
 
     def update(self, key_states: Tensor, value_states: Tensor, *a: Any, **k: Any) -> Any:
         if not self.is_initialized:
@@ -96,6 +109,7 @@ class ShadowLayer(CacheLayerMixin):
         self.tile = [[dict(h) for h in self.tile[i]] for i in rows]
         self.folded = [[h.copy() for h in self.folded[i]] for i in rows]
         self.since = [list(self.since[i]) for i in rows]
+        self.cells = [[copy(cell) for cell in self.cells[i]] for i in rows if self.cells]
 
     # -- what the methods see --------------------------------------------------------------------
 
@@ -142,7 +156,7 @@ class ShadowLayer(CacheLayerMixin):
             self.memory = self.cache.recipe.scorer.remember(self.memory, queries)
 
     def pinned(self, b: int) -> set[int]:
-        sinks = self.cache.recipe.scorer.pinned if self.cache.recipe.scorer else 0
+        sinks = self.cache.sinks
         return set(self.real[b].nonzero().flatten().tolist()[:sinks])
 
     def spread(self) -> Tensor:
@@ -190,7 +204,7 @@ class ShadowLayer(CacheLayerMixin):
         seen = self.real.sum(1)
         if budget is None or budget.kind == "tokens":
             entries = recipe.scorer.capacity if budget is None else int(budget.amount)
-            sinks, shares = recipe.scorer.pinned, (recipe.allocator or Allocator()).shares
+            sinks, shares = self.cache.sinks, (recipe.allocator or Allocator()).shares
             row = [
                 max(sinks + 1, sinks + math.floor((entries - sinks) * share))
                 for share in shares(self.cache.compressed, H)[self.index].tolist()
@@ -376,25 +390,23 @@ class ShadowLayer(CacheLayerMixin):
         if fmt is None:
             return
         waiting = self.unsealed[b][h]
-        while len(waiting) >= 64 + fmt.residual:
-            page, waiting = waiting[:64], waiting[64:]
-            keys, values = self.keys[b, h, page], self.values[b, h, page]
-            positions = self.positions[b, page]
-            stored = keys
-            if fmt.pre_rope:
-                stored = self.rope.unrotate(keys, positions).to(keys.dtype)
-            none = torch.zeros(1, dtype=torch.long)
-            encoded = fmt.encode(PageBatch(stored[None], values[None], none, none), {})
-            sets = {n: x.expand(2, *x.shape[1:]) for n, x in encoded.scale_set.items()}
-            slots = {n: x[0] for n, x in encoded.slot.items()}
-            keys, values = fmt.decode(slots, sets, self.keys.dtype)
-            if fmt.pre_rope:
-                keys = self.rope.rotate(keys, positions).to(self.keys.dtype)
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-            self.keys[b, h, page], self.values[b, h, page] = keys, values
-            for i, j in enumerate(page):
-                self.tile[b][h][j] = page[0] * 2 + i // 32
-        self.unsealed[b][h] = waiting
+        pages = max(0, len(waiting) - fmt.residual) // 64
+        if not pages:
+            return
+        page, self.unsealed[b][h] = waiting[: 64 * pages], waiting[64 * pages :]
+        keys, values = self.keys[b, h, page], self.values[b, h, page]
+        positions, dtype = self.positions[b, page], self.keys.dtype
+        if fmt.pre_rope:
+            keys = self.rope.unrotate(keys, positions).to(dtype)
+        cell = self.cells[b][h]
+        read = cell.read(keys.unflatten(0, (-1, 64)), values.unflatten(0, (-1, 64)))
+        keys, values = (x.flatten(0, 1) for x in read)
+        if fmt.pre_rope:
+            keys = self.rope.rotate(keys, positions).to(dtype)
+        self.keys, self.values = self.keys.clone(), self.values.clone()
+        self.keys[b, h, page], self.values[b, h, page] = keys, values
+        for i, j in enumerate(page):
+            self.tile[b][h][j] = page[i // 64 * 64] * 2 + i % 64 // 32
 
 
 def contested(values: list[dict[int, float]], split: list[int]) -> bool:
@@ -413,6 +425,8 @@ class ShadowCache(Cache):
         self.recipe = Recipe.parse(recipe)
         self.budget = None if budget is None else Budget.parse(budget)
         self.format = self.recipe.format
+        pins = [p.pinned for p in (self.recipe.scorer, self.format) if p is not None]
+        self.sinks = max(pins, default=0)
         self.model = model
         kinds, kwargs = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
         if isinstance(kwargs, dict):  # before transformers 5.20: one dict for all layers

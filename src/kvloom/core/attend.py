@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,9 +70,10 @@ def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Te
         query = store.sink_query(call.query) if store.plan.in_cache else call.query
         parts.append(_partial(pinned, call, query))
     with_tail = _pages_and_tail(store, call)
+    turned = _turned(store, call)
     for slab in store.pool.slabs:
         if with_tail is None or slab is not store.open:
-            parts.append(_slab_partial(store, slab, call))
+            parts.append(_slab_partial(store, slab, turned))
     if with_tail is not None:
         parts.append(_partial(with_tail, call, call.query))
     rest = _exact_tiers(store, call, new, tail=with_tail is None)
@@ -93,7 +94,20 @@ def _partial(tier: Tier, call: Call, query: Tensor) -> Partial:
     )  # fmt: skip
 
 
+def _turned(store: LayerStore, call: Call) -> Call:
+    """`call` with queries in the basis in which pages hold their keys."""
+    if not store.plan.format.turns or not store.pool.slabs:
+        return call
+    return replace(call, query=store.plan.format.turn_query(call.query, store.pool.tables))
+
+
 def _slab_partial(store: LayerStore, slab: Slab, call: Call) -> Partial:
+    """A slab's partial result; `call` is turned already."""
+    out, lse = _slab_runs(store, slab, call)
+    return store.plan.format.turn_back(out, store.pool.tables), lse
+
+
+def _slab_runs(store: LayerStore, slab: Slab, call: Call) -> Partial:
     segments = slab.segments()
     if len(segments) == 1 and segments[0].covers(*call.query.shape[:2]):
         return _partial(_slab_tier(store, slab, segments[0], call), call, call.query)
@@ -120,9 +134,8 @@ def _pages_and_tail(store: LayerStore, call: Call) -> Tier | None:
 
 def _slab_tier(store: LayerStore, slab: Slab, segment: Segment, call: Call) -> Tier:
     skip = slab.skipped(segment)
-    run = segment.after(skip) if skip else segment
     where = (segment.rows, segment.heads, slice(skip or 0, segment.pages * PAGE))
-    keys, values = store.pool.decode(run, slab)
+    keys, values = store.pool.read(segment, slab, skip or 0)
     if store.plan.pre_rope:
         keys = store.rotate(keys, slab.positions()[where])
     bias = None
@@ -187,13 +200,13 @@ def attention_mass(store: LayerStore, call: Call, new: Block | None, lse: Tensor
 
     A second light pass over the keys, given the normaliser of the first.
     """
-    columns = []
+    columns, turned = [], _turned(store, call)
     for slab in store.pool.slabs:
         received = call.query.new_zeros((*slab.first.shape, slab.pages * PAGE), dtype=torch.float32)
         for segment in slab.segments():
             tier = _slab_tier(store, slab, segment, call)
             where = (tier.rows, tier.heads)
-            received[where][:, :, : tier.keys.shape[2]] = _mass(tier, call, lse[where])
+            received[where][:, :, : tier.keys.shape[2]] = _mass(tier, turned, lse[where])
         columns.append(received)
     tail = _block_tier(store.tail)
     columns += [] if tail is None else [_mass(tail, call, lse)]

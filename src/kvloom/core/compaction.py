@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvloom.core.format import PAGE
+from kvloom.core.format import PAGE, Field
 from kvloom.core.pages import PagePool
-from kvloom.core.policy import TILE
 from kvloom.core.slab import Slab
+from kvloom.kernels.layout import TILE
 
 
 def compact(pool: PagePool) -> None:
@@ -23,15 +23,19 @@ def compact(pool: PagePool) -> None:
     runs = [_Units.of(slab, unit) for slab in pool.slabs]
     counts = sum((run.count for run in runs), start=torch.zeros_like(pool.pages))
     used = -(-counts * unit // PAGE)
-    new = pool.new_slab(used, sum(run.sets.numel() for run in runs))
+    n_sets = {family: sum(run.sets[family].numel() for run in runs) for family in pool.layout.sets}
+    new = pool.new_slab(used, n_sets)
     new.used, new.live = used, pool.live
     new.alive = torch.zeros(
         *used.shape, int(used.max()) * PAGE, dtype=torch.bool, device=pool.device
     )
     done = torch.zeros_like(counts)
+    moves = []
     for slab, run in zip(pool.slabs, runs, strict=True):
-        run.move(slab, new, done)
+        moves.append(run.move(slab, new, done))
         done = done + run.count
+    for name, f in pool.layout.tile.items():
+        _move_tiles(f, [slab.tile[name] for slab in pool.slabs], new.tile[name], moves, unit)
     if torch.equal(new.live, new.used * PAGE):
         new.alive = None
     pool.slabs = [new] if bool((used > 0).any()) else []
@@ -39,24 +43,31 @@ def compact(pool: PagePool) -> None:
     pool.stuck = (pool.pages * PAGE - pool.live) // PAGE * PAGE
 
 
+Move = tuple[Tensor, Tensor]  # storage units before and after
+
+
 @dataclass
 class _Units:
-    """The live units (slots or tiles) of a slab: their (row, head, unit) and how many per cell."""
+    """The live units (slots or tiles) of a slab: their (row, head, unit) and how many per cell.
+
+    `sets`: the sets of each family that they refer to, ascending.
+    """
 
     alive: Tensor
     count: Tensor
     unit: int
-    sets: Tensor
+    sets: dict[str, Tensor]
 
     @classmethod
     def of(cls, slab: Slab, unit: int) -> _Units:
         valid = slab.valid()
         alive = valid.unflatten(2, (-1, unit)).any(-1) if valid.shape[2] else valid
-        sets = torch.zeros(0, dtype=torch.int64, device=valid.device)
-        run = cls(alive, alive.sum(-1).cpu(), unit, sets)
-        if slab.set_of is not None:
+        run = cls(alive, alive.sum(-1).cpu(), unit, {})
+        if slab.index:
             _, _, src = run.source(slab)
-            run.sets = slab.set_of.flatten()[src].long().unique()
+            for family, index in slab.index.items():
+                ids = index.flatten()[src].long().unique()
+                run.sets[family] = ids[ids >= 0]
         return run
 
     def source(self, slab: Slab) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
@@ -66,13 +77,15 @@ class _Units:
         first = slab.first.to(slab.device)[cell[0], cell[1]]
         return cell, rank, first * (PAGE // self.unit) + cell[2]
 
-    def move(self, slab: Slab, new: Slab, done: Tensor) -> None:
-        """Copy the live units behind the `done` units of each cell of `new`."""
+    def move(self, slab: Slab, new: Slab, done: Tensor) -> Move:
+        """Copy the live units behind the `done` units of each cell of `new`, except for the fields
+        of tiles.
+        """
         (b, h, u), rank, src = self.source(slab)
         at = rank + done.to(slab.device)[b, h]
         dst = new.first.to(slab.device)[b, h] * (PAGE // self.unit) + at
-        for name, x in new.fields.items():
-            _units(x, self.unit)[dst] = _units(slab.fields[name], self.unit)[src]
+        for name, x in new.slot.items():
+            _units(x, self.unit)[dst] = _units(slab.slot[name], self.unit)[src]
         n = slab.pages * PAGE
         for name, x in new.meta.items():
             x.unflatten(2, (-1, self.unit))[b, h, at] = slab.meta[name][:, :, :n].unflatten(
@@ -82,13 +95,32 @@ class _Units:
         new.alive.unflatten(2, (-1, self.unit))[b, h, at] = slab.valid().unflatten(
             2, (-1, self.unit)
         )[b, h, u]
-        if slab.set_of is not None and new.set_of is not None:
-            ids = slab.set_of.flatten()[src].long()
-            local = torch.searchsorted(self.sets, ids)
-            new.set_of.view(-1)[dst] = (local + new.n_sets).to(torch.int32)
-            for name, x in new.sets.items():
-                x[new.n_sets : new.n_sets + self.sets.numel()] = slab.sets[name][self.sets]
-            new.n_sets += self.sets.numel()
+        for family, held in self.sets.items():
+            ids, start = slab.index[family].flatten()[src].long(), new.n_sets[family]
+            local = torch.searchsorted(held, ids) + start
+            new.index[family].view(-1)[dst] = torch.where(ids < 0, -1, local).to(torch.int32)
+            for name, x in new.sets[family].items():
+                x[start : start + held.numel()] = slab.sets[family][name][held]
+            new.n_sets[family] += held.numel()
+        return src, dst
+
+
+def _move_tiles(f: Field, old: list[Tensor], new: Tensor, moves: list[Move], unit: int) -> None:
+    """Copy a field of tiles: tile by tile, or slot by slot through its codec."""
+    tiles = new.flatten(0, 1)
+    if unit == TILE:
+        for x, (src, dst) in zip(old, moves, strict=True):
+            tiles[dst] = x.flatten(0, 1)[src]
+        return
+    assert f.codec is not None, "slots of a movable format must be separable"
+    slots = f.codec.unpack(tiles)  # of zeros: what no slot fills stays in order
+    flat = slots.reshape(-1, slots.shape[2])
+    for x, (src, dst) in zip(old, moves, strict=True):
+        held, at = (src // TILE).unique(return_inverse=True)
+        flat[dst] = f.codec.unpack(x.flatten(0, 1)[held]).reshape(-1, flat.shape[1])[
+            at * TILE + src % TILE
+        ]
+    tiles.copy_(f.codec.pack(flat.view_as(slots)))
 
 
 def _units(x: Tensor, unit: int) -> Tensor:

@@ -1,30 +1,50 @@
 """`PageFormat`: how the survivors of one page are stored, and what that costs in bytes.
 
-A page is 64 slots of one (row, KV head), as two tiles of 32 that share one set of scales. A format
-names its fields, encodes whole pages once, decodes any run of slots, and owns its byte arithmetic.
+A page is 64 slots of one (row, KV head), as two tiles of 32. A format names its fields, encodes
+whole pages once, decodes any run of tiles, and owns its byte arithmetic. A field belongs to a slot,
+to a tile, or to a set that several tiles share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from kvloom.core.policy import TILE, Policy
+from kvloom.core.policy import Policy
+from kvloom.kernels.layout import TILE
+from kvloom.positions.rope import RopeSpec
 
 PAGE = 64
+TILES = PAGE // TILE
+Part = Literal["key", "value"]
+
+
+class Codec(Protocol):
+    """How the slots of a tile field can be taken apart, and put together again bit by bit."""
+
+    def unpack(self, tiles: Tensor) -> Tensor:
+        """`[N, *shape]` -> `[N, 32, width]`."""
+
+    def pack(self, slots: Tensor) -> Tensor:
+        """The inverse of `unpack`."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One stored tensor: its shape per slot (or per scale set), its dtype, and whom it serves."""
+    """One stored tensor: its shape per slot, tile or set, its dtype, and whom it serves.
+
+    `codec`: only for fields of tiles, and only needed by formats whose slots may move.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    part: Literal["key", "value"]
+    part: Part
+    codec: Codec | None = None
 
     @property
     def nbytes(self) -> int:
@@ -33,23 +53,51 @@ class Field:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a format stores for given widths: fields per slot, and fields per scale set."""
+    """What a format stores for given widths.
 
-    slot: dict[str, Field]
-    scale_set: dict[str, Field] = field(default_factory=dict)
+    Attributes:
+        slot: fields of every slot. tile: fields of every tile of 32 slots.
+        sets: families of sets, each with its fields; a tile refers to one set of each family, or to
+            none (-1).
+    """
+
+    slot: dict[str, Field] = field(default_factory=dict)
+    tile: dict[str, Field] = field(default_factory=dict)
+    sets: dict[str, dict[str, Field]] = field(default_factory=dict)
 
     def page_nbytes(self) -> int:
-        """Bytes of one page with a scale set of its own (set ids included)."""
+        """Bytes of one page with sets of its own, one of each family (set ids included)."""
         slots = PAGE * sum(f.nbytes for f in self.slot.values())
-        sets = sum(f.nbytes for f in self.scale_set.values())
-        ids = (PAGE // TILE) * torch.int32.itemsize if self.scale_set else 0
-        return slots + sets + ids
+        tiles = TILES * sum(f.nbytes for f in self.tile.values())
+        sets = sum(f.nbytes for family in self.sets.values() for f in family.values())
+        return slots + tiles + sets + len(self.sets) * TILES * torch.int32.itemsize
 
-    def bits(self, part: Literal["key", "value"], width: int) -> float:
-        """Effective bits per stored element of keys or values, scales included."""
+    def bits(self, part: Part, width: int) -> float:
+        """Effective bits per stored element of keys or values, with a set of each family per page."""
         slots = sum(f.nbytes for f in self.slot.values() if f.part == part)
-        sets = sum(f.nbytes for f in self.scale_set.values() if f.part == part)
-        return 8 * (slots + sets / PAGE) / width
+        tiles = sum(f.nbytes for f in self.tile.values() if f.part == part)
+        sets = sum(
+            f.nbytes for family in self.sets.values() for f in family.values() if f.part == part
+        )
+        return 8 * (slots + tiles / TILE + sets / PAGE) / width
+
+
+@dataclass(frozen=True)
+class Place:
+    """The layer that a format serves.
+
+    Attributes:
+        layer, layers: index among the compressed layers, and their number.
+        heads: KV heads; key_dim, value_dim: their widths.
+        rope: the layer's rotation, if the format is `pre_rope` or needs `"rope"`.
+    """
+
+    layer: int
+    layers: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    rope: RopeSpec | None = None
 
 
 @dataclass
@@ -58,13 +106,26 @@ class PageBatch:
 
     Attributes:
         keys: `[N, 64, D]` (pre-RoPE if the format says so), values: `[N, 64, E]`.
-        row, head: host int64 `[N]`, the owner of each page.
+        row, head: host int64 `[N]`, the owner of each page; the pages of an owner are consecutive.
+        tables: what `PageFormat.tables` made for this layer, heads first.
     """
 
     keys: Tensor
     values: Tensor
     row: Tensor
     head: Tensor
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Sets:
+    """Sets of one family: `[M, *field.shape]` per field, and who uses which.
+
+    `of` is int `[N]`, the set of each page, or `[N, 2]`, one for each tile; -1: none.
+    """
+
+    fields: dict[str, Tensor]
+    of: Tensor
 
 
 @dataclass
@@ -72,30 +133,52 @@ class Encoded:
     """The result of `PageFormat.encode`.
 
     Attributes:
-        slot: `[N, 64, *field.shape]` per slot field.
-        scale_set: `[M, *field.shape]` per set field.
-        set_of: int32 `[N]`, the scale set of each page (pages may share one), or `[N, 2]`, one for
-            each tile.
+        slot: `[N, 64, *field.shape]`, tile: `[N, 2, *field.shape]` per field.
+        sets: per family of the layout.
         statistics: what a streaming format carries to its next call, `[B, H, ...]` per entry.
     """
 
-    slot: dict[str, Tensor]
-    scale_set: dict[str, Tensor] = field(default_factory=dict)
-    set_of: Tensor | None = None
+    slot: dict[str, Tensor] = field(default_factory=dict)
+    tile: dict[str, Tensor] = field(default_factory=dict)
+    sets: dict[str, Sets] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Stored:
+    """A run of S slots as it lies in pages, `[..., h]` being heads.
+
+    Attributes:
+        slot: `[..., h, S, *shape]`, tile: `[..., h, S / 32, *shape]` per field.
+        sets: per family `[..., h, S / 32, *shape]` per field, the set of each tile; a family of
+            which no set exists is missing.
+        has: per family bool `[..., h, S / 32]`, False where a tile has no set (its entry in `sets`
+            is arbitrary then).
+        tables: `[h, ...]`.
+        key_dim, value_dim: widths, of which packed codes may hold more.
+    """
+
+    key_dim: int
+    value_dim: int
+    slot: Mapping[str, Tensor] = field(default_factory=dict)
+    tile: Mapping[str, Tensor] = field(default_factory=dict)
+    sets: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    has: Mapping[str, Tensor] = field(default_factory=dict)
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PageFormat(Policy):
-    """Base class of formats.
-
-    Class attributes:
-        movable: survivors may be compacted across pages (no two slots share a scale). If False,
-            selection among sealed entries drops whole 32-slot tiles.
-    """
+    """Base class of formats."""
 
     kind: ClassVar[str] = "format"
-    movable: ClassVar[bool] = True
+
+    @property
+    def movable(self) -> bool:
+        """Whether survivors may be compacted across pages, since no two slots share anything. If
+        not, selection among sealed entries drops whole tiles of 32.
+        """
+        return True
 
     @property
     def in_place(self) -> bool:
@@ -114,20 +197,44 @@ class PageFormat(Policy):
         """How many of the newest entries stay exact, beyond those that wait for a full page."""
         return 0
 
+    @property
+    def pinned(self) -> int:
+        """How many first valid tokens of a row stay exact for good."""
+        return 0
+
+    @property
+    def turns(self) -> bool:
+        """Whether pages hold keys or values in another basis than the model's (`turn_query`,
+        `turn_back`).
+        """
+        return False
+
     def layout(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> Layout:
         """The fields for these widths. Raises ValueError if a width cannot be stored."""
         raise NotImplementedError
 
+    def tables(self, place: Place, device: torch.device) -> dict[str, Tensor]:
+        """Constants of one layer, heads first `[H, ...]`: signs, levels, calibrated scales."""
+        return {}
+
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
-        """Encode whole pages, once and for all; pure."""
-        raise NotImplementedError
-
-    def decode(
-        self, slot: dict[str, Tensor], scale_set: dict[str, Tensor], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Decode a run of S slots.
-
-        `slot[name]` is `[..., S, *shape]`, `scale_set[name]` is `[..., S / 32, *shape]`, one set
-        per tile. Returns keys `[..., S, D]` and values `[..., S, E]` in `dtype`.
+        """Encode whole pages, once and for all; pure. What it makes of the pages of one (row, head)
+        must not depend on the others in the batch.
         """
         raise NotImplementedError
+
+    def decode(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys `[..., S, D]` and values `[..., S, E]` in `dtype`, in the model's basis."""
+        raise NotImplementedError
+
+    def read(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`decode` without turning back into the model's basis, as attention reads it."""
+        return self.decode(stored, dtype)
+
+    def turn_query(self, query: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        """Queries `[B, H, ..., D]` in the basis of the stored keys."""
+        return query
+
+    def turn_back(self, out: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        """Attention's output `[B, H, ..., E]` over stored values, in the model's basis."""
+        return out

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kvloom.core.block import Block, from_newest, uniform
-from kvloom.core.format import PAGE, Encoded, Layout, PageBatch, PageFormat
-from kvloom.core.policy import TILE
+from kvloom.core.format import PAGE, TILES, Encoded, Field, PageBatch, PageFormat, Place, Stored
 from kvloom.core.slab import Segment, Slab, collect
+from kvloom.kernels.layout import TILE
 
 GROWTH = 8  # a slab made while decoding has room for 1/8 of the pages that exist
 SMALL = 4  # pages up to which it doubles, since every slab is one more attention call
@@ -28,21 +28,22 @@ class PagePool:
     def __init__(
         self,
         fmt: PageFormat,
-        layout: Layout,
+        place: Place,
         dtype: torch.dtype,
         device: torch.device,
         rows: int,
-        heads: int,
         meta: dict[str, torch.dtype],
         base_positions: bool = False,
         filled: bool = False,
     ):
-        self.format, self.layout, self.dtype, self.device = fmt, layout, dtype, device
+        self.format, self.place, self.dtype, self.device = fmt, place, dtype, device
+        self.layout = fmt.layout(place.key_dim, place.value_dim, dtype)
+        self.tables = fmt.tables(place, device)
         if base_positions and device.type != "cpu":  # telling a gap would wait for the device
             meta, base_positions = {"positions": torch.int32, **meta}, False
         self.meta, self.base_positions, self.filled = meta, base_positions, filled
         self.slabs: list[Slab] = []
-        self.pages = torch.zeros(rows, heads, dtype=torch.int64)
+        self.pages = torch.zeros(rows, place.heads, dtype=torch.int64)
         self.live = torch.zeros_like(self.pages)
         self.stuck = torch.zeros_like(self.pages)
         self.statistics: dict[str, Tensor] = {}
@@ -53,13 +54,33 @@ class PagePool:
         """What holds keys and values, and the books about it."""
         codes = [t for slab in self.slabs for t in slab.codes()]
         books = [t for slab in self.slabs for t in slab.books()]
-        return codes, [*books, self.pages, self.live, self.stuck, *self.statistics.values()]
+        formats = [*self.statistics.values(), *self.tables.values()]
+        return codes, [*books, self.pages, self.live, self.stuck, *formats]
+
+    def stored(self, segment: Segment, slab: Slab) -> Stored:
+        """A run as the format reads it; only sets are gathered, the rest are views."""
+        sets, has = {}, {}
+        for family, ids in segment.index.items():
+            if slab.n_sets[family]:
+                at = ids.clamp_min(0).long()
+                sets[family] = {name: x[at] for name, x in slab.sets[family].items()}
+                has[family] = ids >= 0
+        tables = {name: x[segment.heads] for name, x in self.tables.items()}
+        return Stored(
+            self.place.key_dim, self.place.value_dim,
+            segment.slot, segment.tile, sets, has, tables,
+        )  # fmt: skip
 
     def decode(self, segment: Segment, slab: Slab) -> tuple[Tensor, Tensor]:
         """Keys `[b, h, S, D]` and values `[b, h, S, E]` of a segment, in the model's dtype."""
-        ids = segment.set_of
-        sets = {} if ids is None else {name: x[ids.long()] for name, x in slab.sets.items()}
-        return self.format.decode(segment.slot, sets, self.dtype)
+        return self.format.decode(self.stored(segment, slab), self.dtype)
+
+    def read(self, segment: Segment, slab: Slab, skip: int = 0) -> tuple[Tensor, Tensor]:
+        """`decode` in the basis of the pages, without the first `skip` slots."""
+        run = segment.after(skip // TILE) if skip else segment
+        keys, values = self.format.read(self.stored(run, slab), self.dtype)
+        rest = skip % TILE
+        return (keys[:, :, rest:], values[:, :, rest:]) if rest else (keys, values)
 
     def offset(self, slab: Slab) -> int:
         """How many slots lie in the slabs before this one."""
@@ -107,8 +128,10 @@ class PagePool:
         self.statistics = encoded.statistics or self.statistics
         slab = self._slab_with_room(pages, limit, encoded)
         index = self._page_index(slab, pages)
-        for name, x in slab.fields.items():
+        for name, x in slab.slot.items():
             x[index] = encoded.slot[name]
+        for name, x in slab.tile.items():
+            x[index] = encoded.tile[name]
         self._store_sets(slab, encoded, index)
         self._store_meta(slab, block, pages)
         slab.used = slab.used + pages
@@ -129,7 +152,7 @@ class PagePool:
             values = torch.cat([block.values[b, h, :m] for b, h, m in cells])
         keys = keys.reshape(-1, PAGE, keys.shape[-1])
         values = values.reshape(-1, PAGE, values.shape[-1])
-        return PageBatch(keys, values, owner // H, owner % H)
+        return PageBatch(keys, values, owner // H, owner % H, self.tables)
 
     def _free(self, limit: Tensor | None, pages: Tensor) -> Tensor | None:
         """What the last slab can take of `pages`, if that is a part of them and a budget binds."""
@@ -140,12 +163,12 @@ class PagePool:
         return fits if partly else None
 
     def _slab_with_room(self, pages: Tensor, limit: Tensor | None, encoded: Encoded) -> Slab:
-        n_sets = next(iter(encoded.scale_set.values())).shape[0] if encoded.scale_set else 0
+        n_sets = {family: _length(sets.fields) for family, sets in encoded.sets.items()}
         if self.slabs:
             last = self.slabs[-1]
-            free = last.room - last.used
-            set_room = next((x.shape[0] for x in last.sets.values()), 0) - last.n_sets
-            if not last.shared and bool((free >= pages).all()) and set_room >= n_sets:
+            fits = bool((last.room - last.used >= pages).all())
+            fits &= all(last.set_room(family) >= n for family, n in n_sets.items())
+            if fits and not last.shared:
                 return last
         spare = torch.zeros_like(pages)
         if not any(slab.shared for slab in self.slabs):
@@ -154,24 +177,28 @@ class PagePool:
                 spare = torch.minimum(self.pages, (limit - self.pages - pages).clamp_min(0))
             if self.filled:  # the next pages are filled in place, and read in one run with these
                 spare = torch.maximum(spare, pages // (2 * GROWTH)).clamp_min(1)
-        extra_sets = int(spare.sum()) if encoded.scale_set else 0
-        slab = self.new_slab(pages + spare, n_sets + extra_sets)
+        extra, new = int(spare.sum()), int(pages.sum())
+        for family, n in n_sets.items():  # spare pages get sets at the rate of these
+            n_sets[family] = n + -(-n * extra // new)
+        slab = self.new_slab(pages + spare, n_sets)
         self.slabs.append(slab)
         return slab
 
-    def new_slab(self, room: Tensor, n_sets: int) -> Slab:
-        """An empty slab with `room` pages for each (row, head)."""
-        total, device = int(room.sum()), self.device
-        fields = {
-            name: torch.zeros(total, PAGE, *f.shape, dtype=f.dtype, device=device)
-            for name, f in self.layout.slot.items()
+    def new_slab(self, room: Tensor, n_sets: dict[str, int]) -> Slab:
+        """An empty slab with `room` pages for each (row, head), and `n_sets` sets of each family."""
+        total, device, layout = int(room.sum()), self.device, self.layout
+
+        def fields(of: dict[str, Field], *n: int) -> dict[str, Tensor]:
+            return {
+                k: torch.zeros(*n, *f.shape, dtype=f.dtype, device=device) for k, f in of.items()
+            }
+
+        slot, tile = fields(layout.slot, total, PAGE), fields(layout.tile, total, TILES)
+        sets = {name: fields(of, n_sets.get(name, 0)) for name, of in layout.sets.items()}
+        index = {
+            name: torch.full((total, TILES), -1, dtype=torch.int32, device=device)
+            for name in layout.sets
         }
-        sets = {
-            name: torch.zeros(n_sets, *f.shape, dtype=f.dtype, device=device)
-            for name, f in self.layout.scale_set.items()
-        }
-        tiles = (total, PAGE // TILE)
-        set_of = torch.zeros(tiles, dtype=torch.int32, device=device) if sets else None
         ends = room.flatten().cumsum(0)
         zero, slots = torch.zeros_like(room), int(room.max()) * PAGE
         per_slot = {
@@ -183,7 +210,7 @@ class PagePool:
             base = torch.zeros(*room.shape, int(room.max()), dtype=torch.int32, device=device)
         first = (ends - room.flatten()).view_as(room)
         return Slab(
-            fields, sets, set_of, 0, first, room, zero, zero.clone(), zero.clone(),
+            slot, tile, sets, index, dict.fromkeys(sets, 0), first, room, zero, zero.clone(), zero.clone(),
             meta=per_slot, base=base,
         )  # fmt: skip
 
@@ -198,7 +225,7 @@ class PagePool:
         if not self.slabs or any(slab.shared for slab in self.slabs):
             return None
         if not bool((self.slabs[-1].room > self.slabs[-1].used).any()):
-            self.slabs.append(self.new_slab(self._growth().clamp_min(1), 0))
+            self.slabs.append(self.new_slab(self._growth().clamp_min(1), {}))
         return None if self.slabs[-1].with_next_page() is None else self.slabs[-1]
 
     def close_page(self) -> None:
@@ -220,15 +247,13 @@ class PagePool:
         return torch.tensor(index, device=self.device)
 
     def _store_sets(self, slab: Slab, encoded: Encoded, index: Tensor) -> None:
-        if slab.set_of is None:
-            return
-        assert encoded.set_of is not None
-        n = next(iter(encoded.scale_set.values())).shape[0]
-        for name, x in slab.sets.items():
-            x[slab.n_sets : slab.n_sets + n] = encoded.scale_set[name]
-        ids = encoded.set_of.to(torch.int32) + slab.n_sets
-        slab.set_of[index] = ids if ids.ndim == 2 else ids[:, None]
-        slab.n_sets += n
+        for family, sets in encoded.sets.items():
+            start, n = slab.n_sets[family], _length(sets.fields)
+            for name, x in slab.sets[family].items():
+                x[start : start + n] = sets.fields[name]
+            ids = torch.where(sets.of < 0, -1, sets.of + start).to(torch.int32)
+            slab.index[family][index] = ids if ids.ndim == 2 else ids[:, None]
+            slab.n_sets[family] += n
 
     def _store_meta(self, slab: Slab, block: Block, pages: Tensor) -> None:
         if slab.base is not None and not _consecutive(block, pages):
@@ -338,6 +363,10 @@ def _consecutive(block: Block, pages: Tensor) -> bool:
     positions = block.meta["positions"][:, :, : int(pages.max()) * PAGE].unflatten(2, (-1, PAGE))
     used = torch.arange(positions.shape[2]) < pages[..., None]
     return bool((positions.diff(dim=-1) == 1).all(-1)[used].all())
+
+
+def _length(fields: dict[str, Tensor]) -> int:
+    return next((x.shape[0] for x in fields.values()), 0)
 
 
 def _padded(alive: Tensor, slots: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvloom.core.block import GRANULE
 from kvloom.core.budget import DENSE_BYTES, Budget, CellCost
-from kvloom.core.format import PAGE, Layout, PageFormat
+from kvloom.core.format import PAGE, Layout, PageFormat, Place
 from kvloom.core.policy import Allocator, Queries, Scorer
 from kvloom.core.recipe import Recipe
 from kvloom.core.schedule import Lazy
@@ -60,8 +60,14 @@ class LayerPlan:
         return self.format.layout(self.key_dim, self.value_dim, self.dtype)
 
     @cached_property
+    def place(self) -> Place:
+        """This layer, as a format knows it."""
+        return Place(self.layer, self.layers, self.heads, self.key_dim, self.value_dim, self.rope)
+
+    @cached_property
     def sinks(self) -> int:
-        return self.recipe.scorer.pinned if self.recipe.scorer else 0
+        scorer = self.recipe.scorer
+        return max(self.format.pinned, scorer.pinned if scorer else 0)
 
     @cached_property
     def evicts(self) -> bool:
@@ -107,7 +113,7 @@ class LayerPlan:
     @cached_property
     def needs_rope(self) -> bool:
         """Whether keys or queries must be turned."""
-        turned = {"pre_rope_keys", "pre_rope_queries"} & self.recipe.needs
+        turned = {"pre_rope_keys", "pre_rope_queries", "rope"} & self.recipe.needs
         return self.pre_rope or self.in_cache or bool(turned)
 
     @cached_property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.block import from_newest
+from kvloom.kernels.layout import TILE
 
 if TYPE_CHECKING:
     from kvloom.core.block import Block
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 NEEDS = frozenset({
     "attention_mass", "keys", "values", "pre_rope_keys", "positions", "queries", "pre_rope_queries",
-    "output_weight",
+    "output_weight", "rope",
 })  # fmt: skip
 
 
@@ -196,9 +197,6 @@ def select(scores: Tensor, entries: Entries, target: Tensor) -> Tensor:
         whole = (keep | ~valid)[..., :tiled].unflatten(-1, (-1, TILE)).all(-1)
         keep[..., :tiled] &= whole.repeat_interleave(TILE, -1)
     return keep & valid
-
-
-TILE = 32  # slots that a format with shared scales can free together
 
 
 def _tile_mean(scores: Tensor, valid: Tensor) -> Tensor:

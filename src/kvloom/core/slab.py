@@ -7,28 +7,35 @@ Storage may be shared after a beam reorder (rows point at the same pages); what 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kvloom.core.block import uniform
 from kvloom.core.format import PAGE
+from kvloom.kernels.layout import TILE
 
 
-class Segment(NamedTuple):
+@dataclass(frozen=True)
+class Segment:
     """A run of pages that one call can read: rows, heads and pages of one slab, as views."""
 
     rows: slice
     heads: slice
     pages: int
     slot: dict[str, Tensor]
-    set_of: Tensor | None
+    tile: dict[str, Tensor]
+    index: dict[str, Tensor]
 
-    def after(self, skip: int) -> Segment:
-        """The run without its first `skip` slots; only where no slots share scales."""
-        return self._replace(slot={name: x[:, :, skip:] for name, x in self.slot.items()})
+    def after(self, tiles: int) -> Segment:
+        """The run without its first `tiles` tiles."""
+        return replace(
+            self,
+            slot={name: x[:, :, tiles * TILE :] for name, x in self.slot.items()},
+            tile={name: x[:, :, tiles:] for name, x in self.tile.items()},
+            index={name: x[:, :, tiles:] for name, x in self.index.items()},
+        )
 
     def covers(self, rows: int, heads: int) -> bool:
         """Whether this run is all there is."""
@@ -40,9 +47,9 @@ class Slab:
     """One allocation of pages.
 
     Attributes:
-        fields: `[N, 64, ...]` per slot field; sets: `[M, ...]` per set field.
-        set_of: int32 `[N, 2]`, the scale set of each tile, if the format has sets.
-        n_sets: how many sets are in use.
+        slot: `[N, 64, ...]` per field of slots; tile: `[N, 2, ...]` per field of tiles.
+        sets: per family of sets, `[M, ...]` per field; n_sets: how many of each are in use.
+        index: int32 `[N, 2]` per family, the set of each tile, or -1.
         first, room, used, live: host int64 `[B, H]`: first page, pages reserved, pages in use, and
             live slots of each (row, head).
         skip: host int64 `[B, H]`, how many of the oldest slots are dead.
@@ -52,10 +59,11 @@ class Slab:
         shared: rows were reordered by reference; nothing may be appended any more.
     """
 
-    fields: dict[str, Tensor]
-    sets: dict[str, Tensor]
-    set_of: Tensor | None
-    n_sets: int
+    slot: dict[str, Tensor]
+    tile: dict[str, Tensor]
+    sets: dict[str, dict[str, Tensor]]
+    index: dict[str, Tensor]
+    n_sets: dict[str, int]
     first: Tensor
     room: Tensor
     used: Tensor
@@ -75,12 +83,26 @@ class Slab:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.fields.values())).device
+        return next(self._fields()).device
+
+    @property
+    def size(self) -> int:
+        """Pages allocated."""
+        return next(self._fields()).shape[0]
+
+    def _fields(self) -> Iterator[Tensor]:
+        yield from self.slot.values()
+        yield from self.tile.values()
+
+    def set_room(self, family: str) -> int:
+        """How many more sets of a family this slab can take."""
+        allocated = next(iter(self.sets[family].values())).shape[0]
+        return allocated - self.n_sets[family]
 
     def codes(self) -> list[Tensor]:
         """What holds keys and values: codes, scales, and which scales belong to which tile."""
-        ids = [] if self.set_of is None else [self.set_of]
-        return [*self.fields.values(), *self.sets.values(), *ids]
+        sets = [x for family in self.sets.values() for x in family.values()]
+        return [*self._fields(), *sets, *self.index.values()]
 
     def books(self) -> list[Tensor]:
         """Live flags, metadata and page tables."""
@@ -106,7 +128,7 @@ class Slab:
 
     def skipped(self, segment: Segment) -> int | None:
         """The common value of `skip` in a run, or None if it differs or must be masked instead."""
-        if self.alive is not None or segment.set_of is not None:
+        if self.alive is not None:
             return None
         return uniform(self.skip[segment.rows, segment.heads])
 
@@ -184,8 +206,10 @@ class Slab:
             grid = x.as_strided(size, (h * stride * step, stride * step, *x.stride()), offset)
             return grid.flatten(2, 3)
 
-        slot = {name: view(x) for name, x in self.fields.items()}
-        return Segment(rows, heads, pages, slot, None if self.set_of is None else view(self.set_of))
+        fields = (
+            {name: view(x) for name, x in f.items()} for f in (self.slot, self.tile, self.index)
+        )
+        return Segment(rows, heads, pages, *fields)
 
     def rows(self, index: Tensor) -> None:
         """Reorder rows by reference: rows may share pages from now on."""
@@ -210,15 +234,14 @@ class Slab:
 def collect(slab: Slab, exactly: bool = False) -> None:
     """Release the pages that no row refers to any more: at once, or once they are half of the slab."""
     held = slab.referenced()
-    total = next(iter(slab.fields.values())).shape[0]
+    total = slab.size
     if held.numel() == total or (held.numel() * 2 > total and not exactly):
         return
     where = torch.full((total + 1,), -1, dtype=torch.int64)
     where[held] = torch.arange(held.numel())
     on_device = held.to(slab.device)
-    slab.fields = {name: x.index_select(0, on_device) for name, x in slab.fields.items()}
-    if slab.set_of is not None:
-        slab.set_of = slab.set_of.index_select(0, on_device)
+    for fields in (slab.slot, slab.tile, slab.index):
+        fields.update({name: x.index_select(0, on_device) for name, x in fields.items()})
     slab.first = where[slab.first].clamp_min(0)
     slab.room = slab.used.clone()
     slab.changed()

@@ -34,7 +34,7 @@ class LayerStore:
         self.sinks = self.tail.empty() if plan.sinks else None
         self.centroids = self._no_centroids() if plan.recipe.merger else None
         self.pool = PagePool(
-            plan.format, plan.layout, keys.dtype, device, B, H, plan.page_meta, plan.base_positions,
+            plan.format, plan.place, keys.dtype, device, B, plan.page_meta, plan.base_positions,
             plan.fills_pages,
         )  # fmt: skip
         self.open: Slab | None = None  # the slab whose next page the tail is filling

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvloom.core.format import Encoded, Field, Layout, PageBatch, PageFormat
+from kvloom.core.format import Encoded, Field, Layout, PageBatch, PageFormat, Stored
 from kvloom.core.policy import check
 
 
@@ -40,7 +40,5 @@ class Dense(PageFormat):
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         return Encoded({"keys": batch.keys, "values": batch.values})
 
-    def decode(
-        self, slot: dict[str, Tensor], scale_set: dict[str, Tensor], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        return slot["keys"], slot["values"]
+    def decode(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return stored.slot["keys"], stored.slot["values"]

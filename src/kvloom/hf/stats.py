@@ -160,7 +160,7 @@ def _by_part(layers: Iterable[Any]) -> dict[str, int]:
 
 def _slack(store: LayerStore) -> int:
     plan, pool = store.plan, store.pool
-    room = sum(next(iter(s.fields.values())).shape[0] for s in pool.slabs) * PAGE
+    room = sum(slab.size for slab in pool.slabs) * PAGE
     live = int(pool.live.sum())
     free_tail = store.tail.count.numel() * store.tail.capacity - int(store.tail.count.sum())
     return int(max(0, room - live) * plan.cost.page / PAGE + free_tail * plan.cost.exact_slot)
