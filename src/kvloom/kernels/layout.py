@@ -164,7 +164,7 @@ def _unpack(panel: Tensor, bits: int) -> Tensor:
     vectors = panel.shape[1] // 64
     each: Tensor = panel.unflatten(1, (vectors, 64))
     if bits == 8:
-        return each.unflatten(1, (vectors // 2, 2))
+        return panel.reshape(len(panel), vectors // 2, 2, 64)
     if bits == 4:
         return torch.stack([each & 15, each >> 4], 2)
     if bits == 2:
