@@ -53,9 +53,10 @@ def quantize(x: Tensor, bits: int, dim: int, symmetric: bool = False) -> tuple[T
 
 def dequantize(codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:
     """fp32 values; `scale`, `zero` broadcast to `codes`, no zero: symmetric."""
+    x = codes.float()  # in place from here on: this is what attention waits for
     if zero is None:
-        return (codes.float() - (1 << (bits - 1))) * scale.float()
-    return codes.float() * scale.float() + zero.float()
+        return x.sub_(1 << (bits - 1)).mul_(scale.float())
+    return x.mul_(scale.float()).add_(zero.float())
 
 
 @dataclass(frozen=True)
