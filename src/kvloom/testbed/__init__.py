@@ -13,7 +13,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def path() -> Path:
-    """The folder that ``from_pretrained`` loads model and tokenizer from."""
+    """The folder that ``from_pretrained`` loads model and tokenizer from.
+
+    Raises FileNotFoundError if the weights are missing.
+    """
     missing = [n for n in ("config.json", "model.safetensors") if not (WEIGHTS / n).is_file()]
     if missing:
         raise FileNotFoundError(

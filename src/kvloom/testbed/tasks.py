@@ -42,6 +42,7 @@ class Task:
 
 
 def number(rng: random.Random, digits: int = 5) -> str:
+    """Random decimal digits; leading zeros are possible."""
     return "".join(rng.choice("0123456789") for _ in range(digits))
 
 
@@ -67,8 +68,8 @@ def needle(
     """Plant ``facts`` in a stretch of ``filler`` and ask for one of them.
 
     The whole prompt measures at most ``length``. The asked fact stands at ``depth`` (drawn if not
-    given), the others anywhere. ``unseen`` uses only phrasings that training never saw, for the
-    statement and for the question.
+    given), the others anywhere. ``unseen`` uses only phrasings that training never saw as a whole, for
+    the statement and for the question.
     """
     rng = random.Random(f"needle {seed}")
     planted = random_facts(rng, facts, words)

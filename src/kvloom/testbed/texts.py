@@ -51,11 +51,15 @@ def held_out_texts() -> list[str]:
 
 
 def read(path: Path) -> str:
+    """The text of a file, as UTF-8; what is not gets replacement characters."""
     return path.read_text(encoding="utf-8", errors="replace")
 
 
 def local_texts(path: str | Path) -> Iterator[str]:
-    """Documents of a ``.jsonl``/``.jsonl.xz`` (key ``text``), a text file, or a folder of them."""
+    """Documents of a ``.jsonl``/``.jsonl.xz`` (key ``text``), a text file, or a folder of them.
+
+    Raises FileNotFoundError if there is none of these.
+    """
     path = Path(path)
     if path.is_dir():
         for file in sorted(path.rglob("*")):
