@@ -112,13 +112,16 @@ def _same(got, want):
 
 
 def _close(got, want, dense):
-    """Packed codes may round the other way on fp32 noise: 5 % of what the recipe itself changes."""
+    """Packed codes may round the other way on fp32 noise: 5 % of what the recipe itself changes, or
+    0.2 % of the largest logit where that is little (8 bits).
+    """
     for (_, logits), (_, logits_want), (_, logits_dense) in zip(got, want, dense, strict=True):
         n = _agreeing(logits, logits_want)
         assert n >= 3, "the tokens differ almost at once"
         effect = (logits_want[:n] - logits_dense[:n]).abs().max()
         assert effect > 0, "the recipe changes nothing"
-        assert (logits[:n] - logits_want[:n]).abs().max() < 0.05 * effect
+        allowed = max(0.05 * effect, 2e-3 * logits_want.abs().max())
+        assert (logits[:n] - logits_want[:n]).abs().max() < allowed
 
 
 def _beams_close(got, want, dense):
@@ -126,7 +129,7 @@ def _beams_close(got, want, dense):
     (_, logits), (_, logits_want), (_, logits_dense) = got[0], want[0], dense[0]
     effect = (logits_want - logits_dense).abs().max()
     nearest = (logits[:, None] - logits_want[:, :, None]).abs().amax(-1).amin(-1)  # [step, row]
-    close = (nearest < 0.05 * effect).all(-1).tolist()
+    close = (nearest < max(0.05 * effect, 2e-3 * logits_want.abs().max())).all(-1).tolist()
     assert effect > 0 and all(close[:3]), "the beams differ almost at once"
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom import Budget, Recipe
+from kvloom.core import fit
 from kvloom.core.budget import CellCost
 from kvloom.core.plan import LayerPlan
 from kvloom.formats.dense import Dense
@@ -125,15 +126,15 @@ def test_a_budget_in_bytes_bounds_the_ceiling(recipe, rows):
 
 def test_the_floor_is_the_least_budget_in_bytes():
     least = plan("h2o | int4", None).floor()
-    plan("h2o | int4", least).check()
+    fit.check(plan("h2o | int4", least))
     with pytest.raises(ValueError, match=rf"'{least - 1}B' is below the floor.*{least} bytes"):
-        plan("h2o | int4", least - 1).check()
+        fit.check(plan("h2o | int4", least - 1))
 
 
 def test_tokens_below_the_sinks_are_refused():
-    plan("streaming_llm(sinks=4)", "5tok").check()
+    fit.check(plan("streaming_llm(sinks=4)", "5tok"))
     with pytest.raises(ValueError, match=r"'4tok' is below the floor.*4 sinks and 1 entry"):
-        plan("streaming_llm(sinks=4)", "4tok").check()
+        fit.check(plan("streaming_llm(sinks=4)", "4tok"))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_tokens_below_the_sinks_are_refused():
 )
 def test_recipes_and_budgets_that_do_not_fit(recipe, budget, rule):
     with pytest.raises(ValueError, match=rule) as error:
-        plan(recipe, budget).check()
+        fit.check(plan(recipe, budget))
     assert str(Recipe.parse(recipe)) in str(error.value)
 
 

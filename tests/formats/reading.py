@@ -44,7 +44,7 @@ class Cell:
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:
         """Pages `[N, 64, D]`, sealed together."""
         none = torch.zeros(len(keys), dtype=torch.long)
-        batch = PageBatch(keys, values, none, none, self.tables)
+        batch = PageBatch(keys, values, none, none, 1, 1, self.tables)
         encoded = self.fmt.encode(batch, self.statistics)
         self.statistics = encoded.statistics or self.statistics
         return encoded

@@ -45,13 +45,6 @@ def test_recipes_and_budgets(recipe, budget, words):
         assert word in str(error.value)
 
 
-def test_odd_head_dim_cannot_be_packed():
-    model = build("llama")
-    model.config.head_dim = 15
-    with pytest.raises(ValueError, match="must be even"):
-        CompressedCache(model, "int4")
-
-
 def test_config_only():
     """From a config alone the dense fallback is used, and what needs the model says so."""
     model = build("llama")

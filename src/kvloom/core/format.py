@@ -38,13 +38,15 @@ class Codec(Protocol):
 class Field:
     """One stored tensor: its shape per slot, tile or set, its dtype, and whom it serves.
 
-    `codec`: only for fields of tiles, and only needed by formats whose slots may move.
+    `codec`: only for fields of tiles, and only needed by formats whose slots may move. `metadata`:
+    scales, zero points, ids: what is no code of a key or value itself.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     part: Part
     codec: Codec | None = None
+    metadata: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -59,25 +61,39 @@ class Layout:
         slot: fields of every slot. tile: fields of every tile of 32 slots.
         sets: families of sets, each with its fields; a tile refers to one set of each family, or to
             none (-1).
+        per_tile: families of which a tile shares its set with no other. A page has at most one set
+            of any other family.
     """
 
     slot: dict[str, Field] = field(default_factory=dict)
     tile: dict[str, Field] = field(default_factory=dict)
     sets: dict[str, dict[str, Field]] = field(default_factory=dict)
+    per_tile: frozenset[str] = frozenset()
+
+    def most_sets(self, family: str) -> int:
+        """How many sets of a family a page may have."""
+        return TILES if family in self.per_tile else 1
 
     def page_nbytes(self) -> int:
-        """Bytes of one page with sets of its own, one of each family (set ids included)."""
+        """Bytes of one page with all the sets that it may have to itself (set ids included)."""
         slots = PAGE * sum(f.nbytes for f in self.slot.values())
         tiles = TILES * sum(f.nbytes for f in self.tile.values())
-        sets = sum(f.nbytes for family in self.sets.values() for f in family.values())
+        sets = sum(
+            self.most_sets(family) * f.nbytes
+            for family, fields in self.sets.items()
+            for f in fields.values()
+        )
         return slots + tiles + sets + len(self.sets) * TILES * torch.int32.itemsize
 
     def bits(self, part: Part, width: int) -> float:
-        """Effective bits per stored element of keys or values, with a set of each family per page."""
+        """Bits per element of keys or values, where a page has all the sets that it may have."""
         slots = sum(f.nbytes for f in self.slot.values() if f.part == part)
         tiles = sum(f.nbytes for f in self.tile.values() if f.part == part)
         sets = sum(
-            f.nbytes for family in self.sets.values() for f in family.values() if f.part == part
+            self.most_sets(family) * f.nbytes
+            for family, fields in self.sets.items()
+            for f in fields.values()
+            if f.part == part
         )
         return 8 * (slots + tiles / TILE + sets / PAGE) / width
 
@@ -107,6 +123,7 @@ class PageBatch:
     Attributes:
         keys: `[N, 64, D]` (pre-RoPE if the format says so), values: `[N, 64, E]`.
         row, head: host int64 `[N]`, the owner of each page; the pages of an owner are consecutive.
+        rows, heads: how many there are, with or without a page in this batch.
         tables: what `PageFormat.tables` made for this layer, heads first.
     """
 
@@ -114,6 +131,8 @@ class PageBatch:
     values: Tensor
     row: Tensor
     head: Tensor
+    rows: int
+    heads: int
     tables: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -135,7 +154,8 @@ class Encoded:
     Attributes:
         slot: `[N, 64, *field.shape]`, tile: `[N, 2, *field.shape]` per field.
         sets: per family of the layout.
-        statistics: what a streaming format carries to its next call, `[B, H, ...]` per entry.
+        statistics: what a streaming format carries to its next call, `[rows, heads, ...]` each; the
+            shapes do not depend on how much was encoded, since budgets reserve room for them.
     """
 
     slot: dict[str, Tensor] = field(default_factory=dict)
@@ -213,6 +233,9 @@ class PageFormat(Policy):
         """The fields for these widths. Raises ValueError if a width cannot be stored."""
         raise NotImplementedError
 
+    def fit(self, place: Place) -> None:
+        """Raise ValueError if this format cannot serve a model with such layers."""
+
     def tables(self, place: Place, device: torch.device) -> dict[str, Tensor]:
         """Constants of one layer, heads first `[H, ...]`: signs, levels, calibrated scales."""
         return {}
@@ -222,6 +245,12 @@ class PageFormat(Policy):
         must not depend on the others in the batch.
         """
         raise NotImplementedError
+
+    def outliers(self, stored: Stored) -> Tensor | None:
+        """How many keys and values of each tile are stored beside its codes, `[..., h, S / 32]`; None:
+        nowhere any.
+        """
+        return None
 
     def decode(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys `[..., S, D]` and values `[..., S, E]` in `dtype`, in the model's basis."""

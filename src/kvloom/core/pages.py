@@ -152,7 +152,7 @@ class PagePool:
             values = torch.cat([block.values[b, h, :m] for b, h, m in cells])
         keys = keys.reshape(-1, PAGE, keys.shape[-1])
         values = values.reshape(-1, PAGE, values.shape[-1])
-        return PageBatch(keys, values, owner // H, owner % H, self.tables)
+        return PageBatch(keys, values, owner // H, owner % H, B, H, self.tables)
 
     def _free(self, limit: Tensor | None, pages: Tensor) -> Tensor | None:
         """What the last slab can take of `pages`, if that is a part of them and a budget binds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from kvloom.core.block import GRANULE
 from kvloom.core.budget import DENSE_BYTES, Budget, CellCost
-from kvloom.core.format import PAGE, Layout, PageFormat, Place
-from kvloom.core.policy import Allocator, Queries, Scorer
+from kvloom.core.format import PAGE, Layout, PageBatch, PageFormat, Place
+from kvloom.core.policy import Allocator, Queries
 from kvloom.core.recipe import Recipe
-from kvloom.core.schedule import Lazy
 from kvloom.positions.rope import RopeSpec
 
 CENTROID_DTYPE = torch.float32
@@ -130,6 +129,23 @@ class LayerPlan:
         return sum(x.untyped_storage().nbytes() for x in memory.values()) / self.heads
 
     @cached_property
+    def format_nbytes(self) -> float:
+        """Bytes per (row, head) of what the format carries: statistics, and tables (of one row)."""
+        dtype, place = self.dtype, self.place
+        if place.rope is None:  # not known before the first token; sizes do not depend on it
+            place = replace(
+                place, rope=RopeSpec(torch.ones(self.key_dim // 2), self.key_dim // 2 * 2)
+            )
+        tables = self.format.tables(place, torch.device("cpu"))
+        owner = torch.zeros(self.heads, dtype=torch.int64)
+        keys = torch.zeros(self.heads, PAGE, self.key_dim, dtype=dtype)
+        values = torch.zeros(self.heads, PAGE, self.value_dim, dtype=dtype)
+        heads = torch.arange(self.heads)
+        batch = PageBatch(keys, values, owner, heads, 1, self.heads, tables)
+        held = [*tables.values(), *self.format.encode(batch, {}).statistics.values()]
+        return sum(x.untyped_storage().nbytes() for x in held) / self.heads
+
+    @cached_property
     def pre_rope(self) -> bool:
         """Whether pages hold keys before rotation."""
         return self.format.pre_rope
@@ -185,7 +201,9 @@ class LayerPlan:
             centroid_slot=width * CENTROID_DTYPE.itemsize + 2 * 4,
             page=self.layout.page_nbytes(),
             page_meta=PAGE * (page_meta + alive),
-            overhead=24 * torch.int64.itemsize + math.ceil(self.memory_nbytes),
+            overhead=24 * torch.int64.itemsize
+            + math.ceil(self.memory_nbytes)
+            + math.ceil(self.format_nbytes),
             dense_slot=width * DENSE_BYTES,
             shrinks=self.pools,
         )
@@ -255,84 +273,6 @@ class LayerPlan:
     def other_nbytes(self) -> int:
         """Bytes per row of the layers that are not compressed, once their windows are full."""
         return self.other_elements * self.dtype.itemsize
-
-    def check(self) -> None:
-        """Raise ValueError if recipe and budget do not fit each other."""
-        scorer, budget = self.recipe.scorer, self.budget
-        if scorer is None or not self.recipe.evicts:
-            if budget is not None:
-                raise ValueError(
-                    f"budget {str(budget)!r} with recipe '{self.recipe}': nothing in the recipe "
-                    "evicts, so its bytes follow from its format; add a scorer or drop the budget"
-                )
-            return
-        if self.recipe.merger is not None and scorer.in_cache:
-            raise ValueError(
-                f"recipe '{self.recipe}': a centroid keeps its members' original positions, which "
-                "in-cache positions leave behind; say positions='original'"
-            )
-        self._check_own_rules(scorer)
-        if budget is None and self.recipe.takes_budget:
-            raise ValueError(
-                f"recipe '{self.recipe}': {scorer.name} evicts down to a budget and none was given; "
-                "say budget='1024tok', '25%' or '512MiB'"
-            )
-        if budget is not None and scorer.capacity is not None:
-            raise ValueError(
-                f"budget {str(budget)!r} with recipe '{self.recipe}': {scorer} states its own size "
-                f"({scorer.capacity} entries); leave one of the two out"
-            )
-        if budget is not None and not self.recipe.schedule.bounded:
-            raise ValueError(
-                f"budget {str(budget)!r} with recipe '{self.recipe}': this schedule has no bound"
-            )
-        self._check_floor()
-
-    def _check_own_rules(self, scorer: Scorer) -> None:
-        """What goes together with a scorer that sets its target or exempts layers."""
-        given = [str(p) for p in (self.recipe.allocator, self.recipe.schedule) if p and p != Lazy()]
-        given += [] if self.budget is None else [f"budget {str(self.budget)!r}"]
-        if scorer.sets_target and given:
-            raise ValueError(
-                f"recipe '{self.recipe}': {scorer} says itself when to evict and how many entries "
-                f"stay; leave out {', '.join(given)}"
-            )
-        beyond = [i for i in scorer.exempt_layers if i >= self.layers]
-        if beyond:
-            raise ValueError(
-                f"recipe '{self.recipe}': {scorer} exempts layers {beyond}, but {self.layers} are "
-                "compressed, counted from 0"
-            )
-        if scorer.exempt_layers and self.budget is not None and not self.counts_entries:
-            raise ValueError(
-                f"budget {str(self.budget)!r} with recipe '{self.recipe}': exempt layers grow with "
-                "the text, so no number of bytes holds; say '512tok', for the other layers"
-            )
-
-    def check_rows(self, rows: int) -> None:
-        """Raise ValueError if a budget in bytes is below the floor of this many rows."""
-        if self.budget is None or self.budget.kind != "bytes" or not self.evicts:
-            return
-        if self.budget.amount < rows * self.floor():
-            raise ValueError(
-                f"budget {str(self.budget)!r} is below the floor of recipe '{self.recipe}' for this "
-                f"model: {self.floor()} bytes per row, and the batch has {rows}"
-            )
-
-    def _check_floor(self) -> None:
-        budget = self.budget
-        if budget is None:
-            return
-        if budget.kind == "bytes" and budget.amount < self.floor():
-            raise ValueError(
-                f"budget {str(budget)!r} is below the floor of recipe '{self.recipe}' for this "
-                f"model: {self.floor()} bytes per row"
-            )
-        if budget.kind == "tokens" and budget.amount < self.sinks + 1:
-            raise ValueError(
-                f"budget {str(budget)!r} is below the floor of recipe '{self.recipe}': "
-                f"{self.sinks} sinks and 1 entry"
-            )
 
     def ceiling(self, capacity: Tensor) -> int:
         """Bytes that heads of these capacities `[B, H]` hold at most after a commit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvloom.core import fit
 from kvloom.core.attend import Call, attend, attention_mass
 from kvloom.core.block import GRANULE, Block
 from kvloom.core.budget import CellCost
@@ -335,7 +336,7 @@ class LayerStore:
         if torch.equal(host, torch.arange(len(self.seen))):
             return
         if len(host) != len(self.seen):
-            self.plan.check_rows(len(host))
+            fit.check_rows(self.plan, len(host))
         self.tail, self.open = self.tail.rows(index), None
         self.sinks = self.sinks.rows(index) if self.sinks is not None else None
         self.centroids = self.centroids.rows(index) if self.centroids is not None else None

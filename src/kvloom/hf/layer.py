@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
+from kvloom.core import fit
 from kvloom.core.attend import Call
 from kvloom.core.forward import Forward
 from kvloom.core.plan import LayerPlan
@@ -61,7 +62,7 @@ class CompressedLayer(CacheLayerMixin):
             group=max(1, context.host.config.num_attention_heads // H),
             other_elements=context.other_elements,
         )  # fmt: skip
-        plan.check_rows(keys.shape[0])
+        fit.check_rows(plan, keys.shape[0])
         weighs = "output_weight" in recipe.needs
         if not (plan.needs_rope or weighs):
             return plan

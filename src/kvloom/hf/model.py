@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvloom.core import fit
 from kvloom.core.budget import Budget
 from kvloom.core.plan import LayerPlan
 from kvloom.core.recipe import Recipe
@@ -72,7 +73,7 @@ def plan_for(config: Any, recipe: Recipe, budget: Budget | None, layers: int) ->
         other_elements=sliding_elements(config),
     )  # fmt: skip
     plan.layout  # noqa: B018  (raises if a width cannot be stored)
-    plan.check()
+    fit.check(plan)
     return plan
 
 
