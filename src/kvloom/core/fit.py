@@ -8,7 +8,8 @@ from kvloom.core.schedule import Lazy
 
 
 def check(plan: LayerPlan) -> None:
-    """Raise ValueError if recipe and budget do not fit each other."""
+    """Raise ValueError if recipe, budget and the model's layers do not fit each other."""
+    plan.format.fit(plan.place)
     recipe, budget = plan.recipe, plan.budget
     scorer = recipe.scorer
     if scorer is None or not recipe.evicts:

@@ -246,7 +246,7 @@ class PageFormat(Policy):
         """
         raise NotImplementedError
 
-    def outliers(self, stored: Stored) -> Tensor | None:
+    def outlier_counts(self, stored: Stored) -> Tensor | None:
         """How many keys and values of each tile are stored beside its codes, `[..., h, S / 32]`; None:
         nowhere any.
         """
