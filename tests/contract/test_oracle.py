@@ -1,8 +1,8 @@
 """Every evicting policy and every format equals the mask-only oracle, in every family and mode.
 
 CI runs a pairwise covering array over families, modes, scorers, formats, mergers, allocators,
-schedules and budgets; `-m full` runs the product of families, modes, scorers and formats, each once
-plainly and once with the rest drawn at random (by a generator that the case itself seeds). In-cache
+schedules and budgets; `-m full` runs the product of families, modes, scorers and kinds of formats,
+each once plainly and once with the rest drawn at random (by a generator that the case itself seeds). In-cache
 positions have a reference of their own (tests/hf/test_in_cache.py), since a mask cannot express
 them.
 """
@@ -34,12 +34,16 @@ FACTORS = {
 EACH = covering(FACTORS, 1, allowed)
 COVERING = [case for case in covering(FACTORS, 2, allowed) if case not in EACH]
 RANDOM = ("merger", "allocator", "schedule", "budget")
+# the ways in which formats differ for a cache; the product runs over these, pairs over all formats
+KINDS = ["dense", "dense(rope='pre')", "int4", "int4(keys='channel')"]
 
 
 def rest() -> list[tuple[str, ...]]:
     cases = []
     plain = {"merger": NONE, "allocator": NONE, "schedule": "lazy", "budget": "entries"}
-    for values in product(*(v for name, v in FACTORS.items() if name not in RANDOM)):
+    assert set(KINDS) <= set(FACTORS["format"])
+    factors = {**FACTORS, "format": KINDS}
+    for values in product(*(v for name, v in factors.items() if name not in RANDOM)):
         base = dict(zip((name for name in FACTORS if name not in RANDOM), values, strict=True))
         draw = Random("/".join(values))
         drawn = {**base, **{name: draw.choice(FACTORS[name]) for name in RANDOM}}
