@@ -93,7 +93,8 @@ def pack_keys(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_keys(tile: Tensor, bits: int, width: int) -> Tensor:
     """The inverse of `pack_keys`: uint8 `[..., 32, D]`."""
-    quads = _unpack(tile.flatten(0, -2), bits).unflatten(-1, (LANES, 4))  # quad, half, lane, e
+    flat = tile.reshape(-1, tile.shape[-1])
+    quads = _unpack(flat, bits).unflatten(-1, (LANES, 4))  # quad, half, lane, e
     codes: Tensor = quads.permute(0, 2, 3, 1, 4).reshape(*tile.shape[:-1], TILE, padded(width))
     return codes[..., :width]
 
@@ -114,7 +115,8 @@ def pack_values(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_values(tile: Tensor, bits: int, width: int) -> Tensor:
     """The inverse of `pack_values`: uint8 `[..., 32, E]`."""
-    flat, panels, each = tile.flatten(0, -2), padded(width) // 32, tile_nbytes(32, bits)
+    flat = tile.reshape(-1, tile.shape[-1])
+    panels, each = padded(width) // 32, tile_nbytes(32, bits)
     n, whole = len(flat), panels * each
     full = _unpack(flat[:, :whole].reshape(n * panels, each), bits)
     full = full.view(n, panels, 8, 2, LANES, 4)  # panel, quad, half, lane, e
@@ -128,7 +130,7 @@ def unpack_values(tile: Tensor, bits: int, width: int) -> Tensor:
 
 def _widened(codes: Tensor) -> Tensor:
     """`[N, 32, padded]` uint8."""
-    flat = codes.to(torch.uint8).flatten(0, -3)
+    flat = codes.to(torch.uint8).reshape(-1, *codes.shape[-2:])
     missing = padded(codes.shape[-1]) - codes.shape[-1]
     return torch.nn.functional.pad(flat, (0, missing)) if missing else flat
 
