@@ -5,6 +5,9 @@
 
 Scale and zero are fp16, and codes are made against their rounded values, so that inside the range
 the error is half a step and no more.
+
+A group of 32 tokens is a tile, and its parameters lie with it; those of 64 form a set that the tiles
+of a page refer to.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ class Grid:
         part: `"key"` or `"value"`. bits: 8, 4, 3 or 2.
         per: `"token"`: a scale for each token (and each `channels` channels); its slots can move.
             `"channel"`: a scale for each channel and `group` tokens, 32 or 64.
-        channels: how many channels share a token's scale; 0: all.
+        channels: how many channels share a token's scale, a multiple of 32 (the last group has what
+            is left); 0: all.
     """
 
     part: Part
@@ -82,44 +86,57 @@ class Grid:
         """Of the parameters."""
         return (f"{self.part}_scale",) + (() if self.symmetric else (f"{self.part}_zero",))
 
+    @property
+    def _in_tile(self) -> bool:
+        """Whether parameters lie with the codes of their tile, not in a set."""
+        return self.per == "token" or self.group == TILE
+
     def tile_fields(self, width: int) -> dict[str, Field]:
         codec = Codes(self.part, self.bits, width)
         nbytes = tile_nbytes(width, self.bits)
         fields = {f"{self.part}_codes": Field((nbytes,), torch.uint8, self.part, codec)}
         if self.per == "token":
-            groups = self._groups(width)
-            plane = Field((groups, TILE), torch.float16, self.part, Planes())
-            fields.update(dict.fromkeys(self.names, plane))
+            plane = (-(-width // self._channels(width)), TILE)
+            of_tokens = Field(plane, torch.float16, self.part, Planes())
+            fields.update(dict.fromkeys(self.names, of_tokens))
+        elif self._in_tile:
+            fields.update(self._of_channels(width))
         return fields
 
     def set_fields(self, width: int) -> dict[str, Field]:
-        if self.per == "token":
-            return {}
+        return {} if self._in_tile else self._of_channels(width)
+
+    def _of_channels(self, width: int) -> dict[str, Field]:
         return dict.fromkeys(self.names, Field((width,), torch.float16, self.part))
 
-    def _groups(self, width: int) -> int:
-        channels = self.channels or width
-        if width % channels:
-            raise ValueError(
-                f"{self.part}s of width {width} cannot be split by {channels} channels"
-            )
-        return width // channels
+    def _channels(self, width: int) -> int:
+        return min(self.channels or width, width)
 
     def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Pages `[N, 64, W]` as `(tile, sets)`: `[N, 2, ...]`, and `[N * 64 / group, W]` per field."""
+        """Pages `[N, 64, W]` as `(tile, sets)`: `[N, 2, ...]`, and `[N, W]` per field."""
         pack = pack_keys if self.part == "key" else pack_values
-        if self.per == "channel":
-            grouped = x.reshape(-1, self.group, x.shape[2])
-            codes, *parameters = quantize(grouped, self.bits, 1, self.symmetric)
-            sets = {n: p[:, 0] for n, p in zip(self.names, parameters, strict=True)}
-            tile = {}
-        else:
-            grouped = x.unflatten(2, (self._groups(x.shape[2]), -1))
-            codes, *parameters = quantize(grouped, self.bits, 3, self.symmetric)
-            planes = (p[..., 0].unflatten(1, (-1, TILE)).transpose(2, 3) for p in parameters)
-            sets, tile = {}, dict(zip(self.names, planes, strict=True))
-        codes = codes.reshape(x.shape).unflatten(1, (-1, TILE))
-        return {f"{self.part}_codes": pack(codes, self.bits), **tile}, sets
+        codes, parameters = self._per_channel(x) if self.per == "channel" else self._per_token(x)
+        named = dict(zip(self.names, parameters, strict=True))
+        tile = {f"{self.part}_codes": pack(codes.unflatten(1, (-1, TILE)), self.bits)}
+        return (tile | named, {}) if self._in_tile else (tile, named)
+
+    def _per_channel(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Codes `[N, 64, W]` and parameters, `[N, 2, W]` if they are of tiles, else `[N, W]`."""
+        grouped = x.unflatten(1, (-1, self.group))
+        codes, *parameters = quantize(grouped, self.bits, 2, self.symmetric)
+        own = [p[:, :, 0] if self._in_tile else p[:, 0, 0] for p in parameters]
+        return codes.flatten(1, 2), own
+
+    def _per_token(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Codes `[N, 64, W]` and parameters `[N, 2, groups, 32]`."""
+        width = x.shape[2]
+        channels = self._channels(width)
+        missing = -width % channels
+        if missing:  # copies change neither the least nor the largest of the last group
+            x = torch.cat([x, x[..., -1:].expand(*x.shape[:2], missing)], 2)
+        codes, *parameters = quantize(x.unflatten(2, (-1, channels)), self.bits, 3, self.symmetric)
+        planes = [p[..., 0].unflatten(1, (-1, TILE)).transpose(2, 3) for p in parameters]
+        return codes.flatten(2)[..., :width], planes
 
     def codes(self, tile: Tensor, width: int) -> Tensor:
         """Packed codes `[..., T, bytes]` as uint8 `[..., T, 32, width]`."""
@@ -129,11 +146,16 @@ class Grid:
     def decode(self, tile: Mapping[str, Tensor], sets: Mapping[str, Tensor], width: int) -> Tensor:
         """fp32 `[..., T * 32, width]` from fields `[..., T, *shape]` (a set for each tile)."""
         codes = self.codes(tile[f"{self.part}_codes"], width)
-        if self.per == "channel":
-            parameters = [sets[name][..., None, :] for name in self.names]
-        else:
-            codes = codes.unflatten(-1, (self._groups(width), -1))
-            parameters = [tile[name].transpose(-1, -2)[..., None] for name in self.names]
+        held = tile if self._in_tile else sets
+        parameters = [self._spread(held[name], width) for name in self.names]
         scale, zero = parameters[0], None if self.symmetric else parameters[1]
-        x = dequantize(codes, self.bits, scale, zero)
-        return x.reshape(*x.shape[: tile[f"{self.part}_codes"].ndim - 2], -1, width)
+        return dequantize(codes, self.bits, scale, zero).flatten(-3, -2)
+
+    def _spread(self, parameter: Tensor, width: int) -> Tensor:
+        """Parameters as they broadcast to codes `[..., T, 32, width]`."""
+        if self.per == "channel":
+            return parameter[..., None, :]
+        groups = parameter.transpose(-1, -2)
+        if groups.shape[-1] == 1:
+            return groups
+        return groups.repeat_interleave(self._channels(width), -1)[..., :width]
