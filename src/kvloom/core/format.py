@@ -163,6 +163,20 @@ class Encoded:
     sets: dict[str, Sets] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
+    def only(self, pages: Tensor) -> Encoded:
+        """Some of the pages (host bool `[N]`) with the sets that they use, without statistics."""
+        at, sets = pages.nonzero()[:, 0], {}
+        for family, own in self.sets.items():
+            of = own.of[at.to(own.of.device)]
+            used = of[of >= 0].unique()
+            fields = {name: x[used.to(x.device)] for name, x in own.fields.items()}
+            sets[family] = Sets(fields, torch.where(of < 0, -1, torch.searchsorted(used, of)))
+        return Encoded(
+            {name: x[at.to(x.device)] for name, x in self.slot.items()},
+            {name: x[at.to(x.device)] for name, x in self.tile.items()},
+            sets,
+        )
+
 
 @dataclass
 class Stored:

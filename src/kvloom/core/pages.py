@@ -117,15 +117,19 @@ class PagePool:
         """
         if not bool((pages > 0).any()):
             return
+        encoded = self.format.encode(self._batch(block, pages), self.statistics)
+        self.statistics = encoded.statistics or self.statistics
+        self._store(block, pages, encoded, limit)
+
+    def _store(self, block: Block, pages: Tensor, encoded: Encoded, limit: Tensor | None) -> None:
         fits = self._free(limit, pages)
         if fits is not None:  # a budget counts reserved pages: fill them before making new ones
-            self.seal(block, fits, limit)
-            done = fits * PAGE
-            self.seal(block.span(done, block.count - done), pages - fits, limit)
+            rank = torch.cat([torch.arange(n) for n in pages.flatten().tolist()])
+            first = rank < fits.flatten().repeat_interleave(pages.flatten())
+            self._store(block, fits, encoded.only(first), limit)
+            rest = block.span(fits * PAGE, block.count - fits * PAGE)
+            self._store(rest, pages - fits, encoded.only(~first), limit)
             return
-        batch = self._batch(block, pages)
-        encoded = self.format.encode(batch, self.statistics)
-        self.statistics = encoded.statistics or self.statistics
         slab = self._slab_with_room(pages, limit, encoded)
         index = self._page_index(slab, pages)
         for name, x in slab.slot.items():
@@ -166,9 +170,7 @@ class PagePool:
         n_sets = {family: _length(sets.fields) for family, sets in encoded.sets.items()}
         if self.slabs:
             last = self.slabs[-1]
-            fits = bool((last.room - last.used >= pages).all())
-            fits &= all(last.set_room(family) >= n for family, n in n_sets.items())
-            if fits and not last.shared:
+            if bool((last.room - last.used >= pages).all()) and not last.shared:
                 return last
         spare = torch.zeros_like(pages)
         if not any(slab.shared for slab in self.slabs):
@@ -249,6 +251,9 @@ class PagePool:
     def _store_sets(self, slab: Slab, encoded: Encoded, index: Tensor) -> None:
         for family, sets in encoded.sets.items():
             start, n = slab.n_sets[family], _length(sets.fields)
+            if n > slab.set_room(family):  # the slab's first pages shared more sets than these
+                most = slab.size * self.layout.most_sets(family)
+                slab.make_set_room(family, max(n, min(start // GROWTH, most - start)))
             for name, x in slab.sets[family].items():
                 x[start : start + n] = sets.fields[name]
             ids = torch.where(sets.of < 0, -1, sets.of + start).to(torch.int32)

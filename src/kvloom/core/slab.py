@@ -99,6 +99,12 @@ class Slab:
         allocated = next(iter(self.sets[family].values())).shape[0]
         return allocated - self.n_sets[family]
 
+    def make_set_room(self, family: str, n: int) -> None:
+        """Let this slab take `n` more sets of a family; copies those that it has."""
+        used = self.n_sets[family]
+        for name, x in self.sets[family].items():
+            self.sets[family][name] = torch.cat([x[:used], x.new_zeros(n, *x.shape[1:])])
+
     def codes(self) -> list[Tensor]:
         """What holds keys and values: codes, scales, and which scales belong to which tile."""
         sets = [x for family in self.sets.values() for x in family.values()]
