@@ -27,7 +27,7 @@ ROW = Row(
     subject=Subject("none", "none", None, False),
     text=Text("stdlib", "t", 100),
     protocol=Protocol(tokens=100, prefill=40),
-    environment=Environment("0", None, "s", "3", "2", "5", "Linux", "cpu", 2, 1, "cpu"),
+    environment=Environment("0", None, "s", "3", "2", "5", "Linux", "cpu", "AVX2", 2, 1, "cpu", None),
     bytes=Bytes(1000, {"pages": 600, "tail": 400}, 900.0, 1000, 800, 720.0, 1600, None, 90, 10, None),
     quality=Quality(10.0, 11.0, 10.0, 10.0, 0.1, 0.5, 0.9, 99, 59, 1, 2),
     timing=Timing(0.1, 0.002, 0.003, 0.004, 0.12, 59, 491.0, 0.1, 0.001, 16, 1.0, 2.0, 0.5),

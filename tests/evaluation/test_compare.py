@@ -14,6 +14,7 @@ from kvloom.evaluation.compare import Progress
 from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.subjects import Cell, Recompute, cells_of, parse, spell_out
 from kvloom.hf import load
+from kvloom.kernels.ops import forced_backend
 from tests.evaluation.tiny import ByteTokenizer, bench, perturbed
 from tests.models import build, tokens
 
@@ -75,7 +76,7 @@ def test_the_key_changes_with_everything_that_determines_a_cell() -> None:
         bench(tasks=1).key(cell),
         bench(tasks=2).key(cell),
     ]
-    for name in ("source_sha256", "torch", "transformers", "cpu"):
+    for name in ("source_sha256", "torch", "transformers", "cpu", "capability", "backend"):
         other = bench()
         other.environment = dataclasses.replace(other.environment, **{name: "other"})
         keys.append(other.key(cell))
@@ -86,6 +87,17 @@ def test_the_key_changes_with_everything_that_determines_a_cell() -> None:
     same = bench(name="the same weights elsewhere")
     same.environment = dataclasses.replace(same.environment, git="another commit")
     assert same.key(cell) == keys[0]
+
+
+def test_the_environment_says_which_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity.environment(torch.device("cpu"))
+    assert (before.backend, before.capability) == (None, torch.backends.cpu.get_cpu_capability())
+    monkeypatch.setenv("KVLOOM_BACKEND", "reference")
+    forced_backend.cache_clear()
+    try:
+        assert identity.environment(torch.device("cpu")).backend == "reference"
+    finally:
+        forced_backend.cache_clear()
 
 
 def test_tasks_differ_by_seed() -> None:

@@ -73,8 +73,10 @@ class Bench:
             protocol=self.protocol,
             sources=[env.source_sha256, identity.foreign_sha256(policies)],
             versions=[env.python, env.torch, env.transformers],
-            machine=[env.platform, env.cpu, env.cores, env.threads, env.device],
-        )
+            machine=[
+                env.platform, env.cpu, env.capability, env.cores, env.threads, env.device, env.backend,
+            ],
+        )  # fmt: skip
 
     def measure(self, cell: Cell, progress: Progress) -> Row:
         """Measure one cell."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kvloom.core.policy import Policy
 from kvloom.evaluation.results import SCHEMA, VERSION, Environment, Model
+from kvloom.kernels.ops import forced_backend
 
 PACKAGE = Path(__file__).parents[1]
 # Sources that only show results; changing them leaves every row valid.
@@ -105,9 +106,11 @@ def environment(device: torch.device) -> Environment:
         transformers=_version("transformers"),
         platform=f"{platform.system()} {platform.machine()}",
         cpu=_cpu(),
+        capability=torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         device=_device(device),
+        backend=forced_backend(),
     )
 
 

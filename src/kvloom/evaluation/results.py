@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA = "kvloom.cell"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class Protocol:
 class Environment:
     """Where it was measured. git: commit of kvloom's checkout, `+dirty` if changed; None: installed.
 
-    source_sha256: of kvloom's own sources that can influence a result.
+    source_sha256: of kvloom's own sources that can influence a result. capability: the instructions
+    that torch uses on this CPU, e.g. `"AVX2"`. backend: the kernels that `KVLOOM_BACKEND` forces;
+    None: none.
     """
 
     kvloom: str
@@ -102,9 +104,11 @@ class Environment:
     transformers: str
     platform: str
     cpu: str
+    capability: str
     cores: int
     threads: int
     device: str
+    backend: str | None
 
 
 @dataclass(frozen=True)
