@@ -37,7 +37,7 @@ caches: it writes plausible sentences and finds planted facts, and knows nothing
 {tokens:,} tokens ({share:.0f} % of a schedule of {planned:,}) in {hours:.1f} hours on {machine},
 seed {seed}, torch {torch}, tokenizers {tokenizers}, Python {python}. The recipe is in
 `training.json` beside this card, word for word, with those of earlier parts of the run if there were
-any; `training/` in the repository runs it.
+any. `training/README.md` in the repository has the commands, and says what they repeat and what not.
 {remarks}
 Data: English novels in the public domain (computationalstylistics/100_english_novels and
 dbamman/litbank; litbank's collection is CC BY 4.0), and the Python standard library's sources and
@@ -53,11 +53,11 @@ start short and grow; matrices are trained with Muon, everything else with AdamW
 - English prose of the 19th century and Python; anything else is foreign to it.
 - Facts of the form `name, thing, value` and lists of keys and values are what it retrieves; it does
   not answer free questions.
-- Figures above are with a dense cache in float32. Beyond the longest length trained, {longest:,}
-  tokens, it falls apart.
+{limits}- Figures above are with a dense cache in float32.
 - Being small, it has few heads: a method that relies on many specialised heads shows less here
-  than in a large model. Where retrieval sits in few layers, evicting in the others costs no recall.
-- Attention sinks are weaker than in large models, where most heads have one.
+  than in a large model.
+- Attention sinks are weaker than in Llama-2-7B, where all layers and heads above the lowest two layers
+  attend heavily to the first token (Xiao et al., arXiv:2309.17453).
 """
 
 
@@ -101,6 +101,7 @@ def card(made: dict[str, Any], recipe: Recipe, measured: dict[str, Any] | None) 
         remarks="".join(f"{remark}\n" for remark in remarks if remark),
         weights="The weights are the running average of the trained ones." if averaged else "",
         measured=report.evaluation(measured) if measured else "Not evaluated yet.\n",
+        limits=f"{report.limits(measured)}\n" if measured else "",
         judged=AIMS.format(report.targets(measured, versions["machine"] != "CPU"))
         if measured
         else "",

@@ -25,9 +25,10 @@ def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
-def with_interval(share: float, count: int) -> str:
-    low, high = interval(share, count)
-    return f"{percent(share)} ({100 * low:.1f} to {100 * high:.1f})"
+def with_interval(all: float, count: int) -> str:
+    """The share ``all`` of ``count`` tasks, in per cent, with its interval."""
+    low, high = interval(all, count)
+    return f"{percent(all)} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def recall(results: dict[str, Any]) -> str:
@@ -126,6 +127,77 @@ def phenomena(results: dict[str, Any]) -> str:
     return f"{summary}\n\n{table(head, rows)}"
 
 
+def ends(results: dict[str, Any]) -> str:
+    """Forms of stating and asking, contexts beyond what was trained, layers without a past."""
+    form_rows = [[name, with_interval(**by), by["count"]] for name, by in results["forms"].items()]
+    beyond = results["beyond"]
+    lengths = [[n, with_interval(**by), by["count"]] for n, by in beyond["recall"].items()]
+    bits = beyond["bits_per_byte_by_position"]
+    cut = results["layers"]
+    cuts = [
+        [layer, with_interval(**only), with_interval(**rest), only["count"]]
+        for layer, (only, rest) in enumerate(zip(cut["only"], cut["all_but"], strict=True))
+    ]
+    return "\n\n".join(
+        [
+            "One fact in 512 tokens; found if its number is among the next 16 tokens:",
+            table(["form", "found", "tasks"], form_rows),
+            "Needle recall, seen phrasings, in contexts longer than any that was trained:",
+            table(["tokens", "recall", "tasks"], lengths),
+            "Bits per byte of code and prose by position in such a window:",
+            table(list(bits), [list(bits.values())]),
+            f"Needle recall at {cut['tokens']:,} tokens, unseen phrasings, if the context is read in full and "
+            f"some layers then keep its newest {cut['left']} tokens alone, for question and answer "
+            f"(the fact stands further back; with nothing cut: {percent(cut['none']['all'])}):",
+            table(["layer", "cut in this layer", "cut in all others", "tasks"], cuts),
+        ]
+    )
+
+
+def limits(results: dict[str, Any]) -> str:
+    """The same in sentences, for the card."""
+    trained, completed, asked, value_first = (
+        percent(by["all"]) for by in results["forms"].values()
+    )
+    beyond = ", ".join(
+        f"{percent(by['all'])} at {int(length):,}"
+        for length, by in results["beyond"]["recall"].items()
+    )
+    cut = results["layers"]
+    shares = [by["all"] for by in cut["only"]]
+    layer = shares.index(min(shares))
+    return (
+        f"- It completes sentences that lead up to a value (found in {trained} of tasks; without the word for\n"
+        f"  the value or a colon before it, {completed}). Questions that end in a question mark ({asked}) and\n"
+        f"  values stated before their owner ({value_first}) mostly go unanswered.\n"
+        f"- In contexts longer than any that was trained, recall of planted facts is\n  {beyond} tokens.\n"
+        f"- With the past cut in layer {layer}, recall at {cut['tokens']:,} tokens falls from "
+        f"{percent(cut['none']['all'])} to {percent(shares[layer])};\n"
+        f"  cut in all other layers, it is {percent(cut['all_but'][layer]['all'])}. So recall on this model rewards "
+        "whatever spares that\n"
+        "  layer: judge how a budget is split over layers by perplexity and KL divergence as well."
+    )
+
+
+def provenance(results: dict[str, Any]) -> str:
+    """What was measured, and with what."""
+    about = results["about"]
+    rows = [
+        [name, text["from"], f"`{text['sha256'][:16]}`"] for name, text in about["texts"].items()
+    ]
+    by_environment: dict[str, list[str]] = {}
+    for part, environment in results["measured_with"].items():
+        words = ", ".join(f"{name} {value}" for name, value in environment.items())
+        by_environment.setdefault(words, []).append(part)
+    with_what = "\n".join(
+        f"- {', '.join(parts)}: {words}" for words, parts in by_environment.items()
+    )
+    return (
+        f"`model.safetensors` with SHA-256 `{about['weights_sha256'][:16]}...`, by `training.evaluate`:\n\n"
+        f"{with_what}\n\n{table(['text', 'from', 'SHA-256'], rows)}"
+    )
+
+
 def evaluation(results: dict[str, Any]) -> str:
     """The whole evaluation as one page."""
     return "\n\n".join(
@@ -150,7 +222,9 @@ def evaluation(results: dict[str, Any]) -> str:
             "Retrieval heads:",
             figure("retrieval_heads", "Retrieval score by head"),
             "Magnitudes of key and value channels:",
-            figure("key_channels", "Mean magnitude of key and value channels") + "\n",
+            figure("key_channels", "Mean magnitude of key and value channels"),
+            f"## Where it ends\n\n{ends(results)}",
+            f"## What these figures are of\n\n{provenance(results)}\n",
         ]
     )
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from training import phenomena as measures
 from training import report
+from training.evaluate import PARTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvloom import testbed
@@ -33,8 +37,27 @@ def answered(model: Any, tokenizer: Any, task: tasks.Task) -> bool:
     return task.correct(str(tokenizer.decode(out[0, inputs.input_ids.shape[1] :])))
 
 
-def test_weights_and_tokenizer_stay_small() -> None:
-    assert sum(file.stat().st_size for file in testbed.path().rglob("*")) <= 12_000_000
+def test_the_folder_stays_small() -> None:
+    files = [f for f in testbed.path().parent.rglob("*") if f.is_file() and f.suffix != ".pyc"]
+    assert testbed.path() / "model.safetensors" in files
+    assert sum(file.stat().st_size for file in files) <= 12_000_000
+
+
+def test_the_weights_are_stored_in_half_precision() -> None:
+    with safe_open(testbed.path() / "model.safetensors", framework="pt") as file:
+        names = file.keys()
+        assert {file.get_slice(name).get_dtype() for name in names} == {"F16"}
+
+
+def test_the_evaluation_is_of_these_weights_and_texts(evaluation: dict[str, Any]) -> None:
+    about, made_with = evaluation["about"], evaluation["measured_with"]
+    weights = (testbed.path() / "model.safetensors").read_bytes()
+    assert about["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert about["texts"].keys() == evaluation["loss"].keys()
+    assert all(len(text["sha256"]) == 64 for text in about["texts"].values())
+    assert tuple(sorted(made_with)) == tuple(sorted(PARTS))
+    for environment in made_with.values():
+        assert {"commit", "kvloom", "torch", "transformers"} <= environment.keys()
 
 
 def test_the_shape_is_what_large_models_have_in_small(model: Any) -> None:
@@ -75,6 +98,7 @@ def test_the_card_shows_the_recorded_figures_and_pictures(evaluation: dict[str, 
 def test_the_phenomena_are_there(evaluation: dict[str, Any]) -> None:
     phenomena = evaluation["phenomena"]
     sinks, channels = phenomena["sinks"], phenomena["channels"]
+    assert sinks["uniform_share_of_four"] == round(measures.uniform_share(4), 4) == 0.0093
     assert sinks["mean_first_four"] > 3 * sinks["uniform_share_of_four"]
     assert phenomena["retrieval_heads"]["above_half"] >= 1
     assert channels["mean_keys"] > 1.5 * channels["mean_values"]

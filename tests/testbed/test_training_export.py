@@ -8,7 +8,7 @@ import pytest
 import torch
 from training import checkpoint, config, export, figures, limits, phenomena, report
 from training.corpus import Corpus
-from training.evaluate import evaluate
+from training.evaluate import begin, evaluate, subject
 from training.train import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,7 +89,10 @@ def test_an_evaluation_can_be_read_as_a_page(
         patch.setattr("training.limits.FREE_TASKS", 2)
         results = dict(evaluate(model, tokenizer, [], [192, 256], depths=2, rounds=2))
     results = json.loads(json.dumps(results))
+    results |= {"about": subject(folder, None, []), "measured_with": {"loss": {"commit": "abc"}}}
     page = report.evaluation(results)
+    assert "- loss: commit abc" in page and results["about"]["weights_sha256"][:16] in page
+    assert "cut in all other layers, it is 0.0 %." in report.limits(results)
     assert "| 256 | 0.0 % (0.0 to 19.4) | 0.0 % (0.0 to 19.4) |" in page
     assert "| 8 | 100 | 25.0 % (14.2 to 40.2) | 40 |" in page
     for path in figures.draw(results, tmp_path):
@@ -101,6 +104,18 @@ def test_an_evaluation_can_be_read_as_a_page(
     assert list(beyond["recall"]) == ["288", "320", "384"]
     assert list(beyond["bits_per_byte_by_position"])[-1] == "320-384"
     assert len(layers["only"]) == len(layers["all_but"]) == model.config.num_hidden_layers
+
+
+def test_figures_of_other_weights_or_texts_are_not_gone_on_from(
+    exported: tuple[Trainer, Path], tmp_path: Path
+) -> None:
+    about = subject(exported[1], None, [])
+    path = tmp_path / "evaluation.json"
+    assert begin(path, about) == {"about": about, "measured_with": {}}
+    path.write_text(json.dumps({"about": about, "measured_with": {}, "loss": 1}))
+    assert begin(path, about)["loss"] == 1
+    assert "loss" not in begin(path, {**about, "weights_sha256": "-"})
+    assert "loss" not in begin(path, subject(exported[1], tmp_path / "books.txt", ["More."]))
 
 
 KEY_VALUES = {"8": {"all": 0.25, "count": 40, "tokens": 100}}
