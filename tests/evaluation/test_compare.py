@@ -9,7 +9,7 @@ import torch
 
 from kvloom import testbed
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation import compare, identity, needles
+from kvloom.evaluation import compare, equal, identity, needles
 from kvloom.evaluation.compare import Progress
 from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.subjects import Cell, Recompute, cells_of, parse, spell_out
@@ -209,6 +209,21 @@ def test_a_row_says_what_it_is(tmp_path: Path) -> None:
     assert row.protocol.needle_sha256 and (row.quality.needles, row.text.tokens) == (2, 60)
     assert row.environment.torch == torch.__version__ and row.environment.device == "cpu"
     assert row.key == made.key(CELLS[2]) and row.counts.evicted > 0
+    assert row.subject.evicts and (row.bytes.avg_key_bits, row.bytes.avg_value_bits) == (32, 32)
+    assert not compare.run(made, CELLS[:1], Ledger(tmp_path), Log())[0].subject.evicts
+
+
+@pytest.mark.parametrize(
+    ("recipe", "budget"),
+    [("knormpress", None), ("streaming_llm(recent=50) | lazy(every=32)", None), ("h2o", "1MiB")],
+)
+def test_a_recipe_that_had_nothing_to_evict_is_named(
+    tmp_path: Path, recipe: str, budget: str | None
+) -> None:
+    cells = cells_of([recipe], [budget] if budget else [])
+    rows = compare.run(bench(), cells, Ledger(tmp_path), Log())
+    assert [equal.idle(row) for row in rows] == [False, True]
+    assert "Never evicted" in equal.remarks(rows)[-1]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +234,7 @@ def test_a_row_says_what_it_is(tmp_path: Path) -> None:
         ("h2o @ 10B", "below the floor"),
         ("recompute(window=20) @ 25%", "keeps no cache"),
         ("recompute(window=100)", "shorter than the window"),
+        ("h2o @ 100tok", "shorter than the window of 'h2o @ 100tok'"),
     ],
 )
 def test_a_cell_that_cannot_be_measured_stops_all_before_any_work(

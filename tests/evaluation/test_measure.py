@@ -123,9 +123,48 @@ def test_bytes_and_series_are_those_of_the_cache() -> None:
     assert b.floor == cache.floor() and b.device_peak is None
 
 
+@pytest.mark.parametrize("chunk", [0, 32])
+def test_the_peak_of_a_prefill_is_seen_inside_of_it(chunk: int) -> None:
+    from kvloom import CompressedCache
+
+    model, ids = build("llama"), tokens(N)[0]
+    cache, most = CompressedCache(model, "streaming_llm", "40tok"), 0
+
+    def look(*_: Any) -> None:  # after a layer got its tokens, before it compresses
+        nonlocal most
+        most = max(most, cache.nbytes)
+
+    for layer in cache.layers:
+        update = layer.update
+        layer.update = lambda *a, update=update, **k: (update(*a, **k), look())[0]
+    for part in ids[:P].split(chunk or P):
+        model(part[None], past_key_values=cache)
+        look()
+    found = run("streaming_llm", "40tok", prefill_chunk=chunk).bytes
+    assert found.prefill_peak == most > found.peak
+
+
+def test_layers_that_are_not_compressed_do_not_count_in_a_ratio() -> None:
+    from kvloom import CompressedCache
+
+    model, ids = build("gemma3"), tokens(N)[0]
+    cache, ratios, others = CompressedCache(model, "int4"), [], []
+    model(ids[None, :P], past_key_values=cache)
+    for i in range(P, N - 1):
+        model(ids[None, i : i + 1], past_key_values=cache)
+        stats = cache.stats()
+        others.append(stats.by_part["other layers"])
+        ratios.append((stats.dense_nbytes, stats.nbytes - others[-1]))
+    dense, held = (sum(x) for x in zip(*ratios, strict=True))
+    b = run("int4", model=model).bytes
+    assert b.other_mean == sum(others) / len(others) > 0
+    assert b.ratio == pytest.approx(dense / held)
+    assert b.dtype_ratio == pytest.approx(cache.stats().dtype_ratio)
+
+
 def test_allowed_bytes_follow_the_budget() -> None:
     short = {"tokens": 40, "prefill": 30}
-    assert run("h2o", "40tok", **short).bytes.allowed is None
+    assert run("h2o", "30tok", **short).bytes.allowed is None
     assert run("h2o", "200KiB", **short).bytes.allowed == 200 * 1024
     assert run("int4", **short).bytes.allowed is None
 
@@ -224,7 +263,7 @@ def test_a_text_must_be_long_enough(
     recipe: str, protocol: dict[str, int], words: tuple[str, ...]
 ) -> None:
     with pytest.raises(ValueError) as error:
-        module.check(parse(recipe), Protocol(**{"tokens": N, "prefill": P, **protocol}))
+        module.check(parse(recipe), None, Protocol(**{"tokens": N, "prefill": P, **protocol}))
     assert all(word in str(error.value) for word in words)
 
 

@@ -15,10 +15,18 @@ def test_a_row_survives_its_line(row: Row) -> None:
     assert Row.from_json(line) == row
 
 
-def test_what_is_not_finite_becomes_null(row: Row) -> None:
-    odd = changed(row, quality={"kl": math.nan, "perplexity": math.inf})
-    read = Row.from_json(odd.to_json())
-    assert read.quality.kl is None and read.quality.perplexity is None
+def test_what_is_not_finite_is_not_what_was_not_measured(row: Row) -> None:
+    odd = changed(row, quality={"kl": math.nan, "perplexity": math.inf, "top1": None})
+    json.loads(odd.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    q = Row.from_json(odd.to_json()).quality
+    assert q.kl is not None and math.isnan(q.kl) and (q.perplexity, q.top1) == (math.inf, None)
+
+
+def test_ratios_leave_out_what_is_not_compressed(row: Row) -> None:
+    other = {"other_mean": 540.0, "by_part": {"pages": 400, "other layers": 600}}
+    b = changed(row, bytes=other).bytes
+    assert (b.compressed_mean, b.ratio) == (360.0, pytest.approx(720 / 360))
+    assert b.dtype_ratio == pytest.approx(1600 / 400)
 
 
 def test_ratios_are_bytes_over_bytes(row: Row) -> None:

@@ -13,7 +13,8 @@ from tests.evaluation.conftest import ROW, changed
 
 
 def one(recipe: str, budget: str | None = None, mean: float = 900.0, **parts: object) -> Row:
-    subject = Subject(recipe, recipe, budget, recipe.startswith("recompute"))
+    baseline, evicts = recipe.startswith("recompute"), budget is not None
+    subject = Subject(recipe, recipe, budget, baseline, evicts)
     return changed(ROW, **{"subject": subject, **parts, "bytes": {"mean": mean}})
 
 
@@ -37,7 +38,36 @@ def test_entries_are_not_bytes() -> None:
 def test_above_the_budget_is_said() -> None:
     rows = [changed(one("a", "10%", 900.0), bytes={"allowed": 800.0})]
     assert equal.budget_use(rows[0]) == pytest.approx(1.125)
-    assert equal.remarks(rows) == ["Above their budget, since their floor is higher: a."]
+    assert equal.remarks(rows) == ["Above their budget, since their floor is higher: a @ 10%."]
+
+
+def test_a_percentage_is_of_the_compressed_layers_and_bytes_are_of_all() -> None:
+    other = {"allowed": 800.0, "other_mean": 100.0}
+    assert equal.budget_use(changed(one("a", "10%"), bytes=other)) == pytest.approx(1.0)
+    assert equal.budget_use(changed(one("a", "800B"), bytes=other)) == pytest.approx(1.125)
+
+
+def test_a_recipe_that_never_evicted_is_named_and_not_compared() -> None:
+    rows = [one("a", "25%", 1000.0), one("b", "25%", 990.0)]
+    rows += [changed(one("b | int4", "25%", 500.0), counts={"evicted": 0})]
+    assert equal.remarks(rows) == [
+        "25%: equal bytes, within 2%.",
+        "Never evicted anything here, so these rows show a full cache or its format: b | int4 @ 25%.",
+    ]
+    none = changed(one("none"), counts={"evicted": 0})
+    assert equal.remarks([none]) == [] and not equal.idle(none)
+
+
+def test_equal_bytes_are_asserted() -> None:
+    rows = [one("a", "25%", 1000.0), one("b", "25%", 981.0)]
+    equal.require_equal(rows)
+    excused = changed(one("c", "25%", 2000.0), bytes={"allowed": 1000.0})
+    lazy = changed(one("d", "25%", 10.0), counts={"evicted": 0})
+    equal.require_equal([*rows, excused, lazy])
+    with pytest.raises(ValueError, match=r"NOT equal bytes.*e -10%"):
+        equal.require_equal([*rows, one("e", "25%", 900.0)])
+    with pytest.raises(ValueError, match="several budgets"):
+        equal.require_equal([*rows, one("a", "50%", 1000.0)])
 
 
 def test_groups_keep_the_order_and_put_the_unbudgeted_first() -> None:
@@ -63,7 +93,9 @@ def test_quality_stands_beside_bytes() -> None:
         one("h2o", "25%", 2048.0, quality={"kl": None, "decode_perplexity": 9.9996}),
     ]
     first = next(line.split() for line in shown(rows).splitlines() if line.startswith(" 25%"))
-    assert first[:2] == ["25%", "h2o"] and first[2] == "2.0" and "n/a" in first
+    assert (
+        first[:2] == ["25%", "h2o"] and first[2] == "2.0" and first[4] == "1.1" and "n/a" in first
+    )
     assert "+0.0%" in first and "-0.0%" not in first and "1/2" in first
 
 

@@ -58,7 +58,7 @@ class Bench:
     def check(self, cells: Sequence[Cell]) -> None:
         """Raise ValueError if one of the cells cannot be measured; nothing is run."""
         for cell in cells:
-            measure.check(cell.subject, self.protocol)
+            measure.check(cell.subject, cell.budget, self.protocol)
             decoder_for(self.model, cell.subject, cell.budget)
 
     def key(self, cell: Cell) -> str:
@@ -139,7 +139,7 @@ def resolve_device(name: str) -> torch.device:
 
 def prepare(source: str, text: str, protocol: Protocol, dtype: str, device: str) -> Bench:
     """Load model, text and tasks. Raises ValueError on anything that cannot be measured."""
-    measure.check(Recipe(), protocol)
+    measure.check(Recipe(), None, protocol)
     model, tokenizer = load_model(source, dtype, device)
     document = texts.load(text, tokenizer, protocol.tokens)
     tasks = needles.prepare(

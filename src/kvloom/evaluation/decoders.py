@@ -18,6 +18,8 @@ from kvloom.evaluation.results import Counts
 from kvloom.evaluation.subjects import Recompute, Subject
 from kvloom.hf import load
 from kvloom.hf.cache import CompressedCache
+from kvloom.hf.layer import CompressedLayer
+from kvloom.hf.stats import unique_nbytes
 
 
 class Decoder(Protocol):
@@ -41,11 +43,39 @@ class Decoder(Protocol):
         """Bytes of the cache now."""
         ...
 
+    def other_nbytes(self) -> int:
+        """Bytes in it of layers that kvloom does not compress."""
+        ...
+
+
+class WatchedCache(CompressedCache):
+    """Notes the most bytes that it holds within a forward, if told to: that takes time.
+
+    Attributes:
+        watched: whether to. most: bytes, tokens on their way into a layer included.
+    """
+
+    watched, most = False, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """See `CompressedCache`; a layer holds most when it has its tokens and compresses next: within
+        the call where it hands out dense tensors, else after it.
+        """
+        if self.watched:
+            arriving = key_states.nbytes + value_states.nbytes
+            self.most = max(self.most, self.nbytes + arriving)
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.watched:
+            self.most = max(self.most, self.nbytes)
+        return result
+
 
 class CacheDecoder:
     """Feeds through a `CompressedCache`."""
 
-    def __init__(self, model: Any, cache: CompressedCache):
+    def __init__(self, model: Any, cache: WatchedCache):
         self.model, self.cache, self.seconds = model, cache, 0.0
 
     def feed(self, ids: Tensor, keep: int = 1) -> Tensor:
@@ -66,6 +96,17 @@ class CacheDecoder:
     def nbytes(self) -> int:
         """See `Decoder`."""
         return self.cache.nbytes
+
+    def other_nbytes(self) -> int:
+        """See `Decoder`."""
+        return unique_nbytes(x for x in self.cache.layers if not isinstance(x, CompressedLayer))
+
+    def feed_watched(self, ids: Tensor, keep: int) -> tuple[Tensor, int]:
+        """`feed`, and the most bytes that the cache held meanwhile."""
+        self.cache.watched, self.cache.most = True, 0
+        logits = self.feed(ids, keep)
+        self.cache.watched = False
+        return logits, max(self.cache.most, self.cache.nbytes)
 
 
 class WindowDecoder:
@@ -98,6 +139,10 @@ class WindowDecoder:
         """Nothing is kept between tokens but their ids."""
         return 0
 
+    def other_nbytes(self) -> int:
+        """See `nbytes`."""
+        return 0
+
 
 def decoder_for(model: Any, subject: Subject, budget: Budget | None) -> Decoder:
     """A fresh decoder. Raises ValueError if recipe, budget and model do not fit together."""
@@ -107,7 +152,7 @@ def decoder_for(model: Any, subject: Subject, budget: Budget | None) -> Decoder:
                 f"budget {str(budget)!r} with {subject}: it keeps no cache; leave the budget out"
             )
         return WindowDecoder(model, subject.window)
-    return CacheDecoder(model, CompressedCache(model, subject, budget))
+    return CacheDecoder(model, WatchedCache(model, subject, budget))
 
 
 def feed_prompt(decoder: Decoder, ids: Tensor, chunk: int = 0) -> Tensor:
@@ -133,27 +178,20 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-class DevicePeak:
-    """The most bytes that torch had allocated on a device since construction; None on the CPU.
+def forget_device_peak(device: torch.device) -> None:
+    """`device_peak` counts from here, where the device keeps count."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
-    CUDA tells the peak; of MPS only the present amount is known, so `note` samples it.
+
+def device_peak(device: torch.device) -> int | None:
+    """The most bytes that torch had allocated on a device; None on the CPU.
+
+    CUDA tells the peak; MPS only what it holds now, which it is slow to give back.
     """
-
-    def __init__(self, device: torch.device):
-        self.device, self.sampled = device, 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def note(self) -> None:
-        """Sample, where the device knows no peak."""
-        if self.device.type == "mps":
-            self.sampled = max(self.sampled, torch.mps.driver_allocated_memory())
-
-    def value(self) -> int | None:
-        """Bytes, or None where it is not known."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        return self.sampled if self.device.type == "mps" else None
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(torch.mps.driver_allocated_memory()) if device.type == "mps" else None
 
 
 @dataclass(frozen=True)
@@ -166,6 +204,8 @@ class Final:
     dtype_dense: int = 0
     floor: int = 0
     slack: int = 0
+    key_bits: float = 0.0
+    value_bits: float = 0.0
     counts: Counts = field(default_factory=Counts)
 
 
@@ -182,6 +222,8 @@ def final(decoder: Decoder) -> Final:
         dtype_dense=round(stats.dtype_ratio * held),
         floor=decoder.cache.floor(),
         slack=stats.slack,
+        key_bits=stats.avg_key_bits,
+        value_bits=stats.avg_value_bits,
         counts=Counts(
             stats.compressions, stats.evicted, stats.merged, stats.sealed, stats.compactions
         ),

@@ -1,4 +1,8 @@
-"""Rows of the same budget are compared, so they should hold the same bytes; where not, it is said."""
+"""Rows of the same budget are compared, so they should hold the same bytes; where not, it is said.
+
+Bytes are those of the compressed layers. Two things excuse a row, and are said too: its floor is above
+the budget, or nothing was evicted, so that the budget had no say.
+"""
 
 from __future__ import annotations
 
@@ -18,40 +22,77 @@ def groups(rows: Sequence[Row]) -> dict[str | None, list[Row]]:
 
 
 def budget_use(row: Row) -> float | None:
-    """Mean bytes held / mean bytes allowed; None where the budget is none or not in bytes."""
-    return row.bytes.mean / row.bytes.allowed if row.bytes.allowed else None
+    """Mean bytes held / mean bytes allowed; None where the budget is none or not in bytes.
+
+    A percentage is of the compressed layers, bytes are of all.
+    """
+    b, budget = row.bytes, row.subject.budget
+    if not b.allowed:
+        return None
+    return (b.compressed_mean if budget and budget.endswith("%") else b.mean) / b.allowed
+
+
+def idle(row: Row) -> bool:
+    """Whether a recipe that evicts has evicted nothing: the row shows a full cache, or its format."""
+    return row.subject.evicts and row.counts.evicted == 0
+
+
+def above(row: Row) -> bool:
+    """Whether over 2 % more than allowed is held, as by a share while it is below the floor."""
+    return (budget_use(row) or 0) > 1 + TOLERANCE
 
 
 def unequal(rows: Sequence[Row]) -> dict[str, float]:
-    """Recipes that hold over 2 % less than the largest of these rows: recipe -> share of it."""
-    most = max((row.bytes.mean for row in rows), default=0.0)
-    shares = {row.subject.recipe: row.bytes.mean / most for row in rows if most}
-    return {recipe: share for recipe, share in shares.items() if share < 1 - TOLERANCE}
+    """Recipes that hold over 2 % less than the largest of these rows: recipe -> share of it.
+
+    Rows that are excused are left out.
+    """
+    held = {r.subject.recipe: r.bytes.compressed_mean for r in rows if not (idle(r) or above(r))}
+    most = max(held.values(), default=0.0)
+    return {recipe: n / most for recipe, n in held.items() if most and n / most < 1 - TOLERANCE}
 
 
-def above(rows: Sequence[Row]) -> list[str]:
-    """Recipes that hold over 2 % more than allowed, which a share does while it is below the floor."""
-    return [r.subject.recipe for r in rows if (budget_use(r) or 0) > 1 + TOLERANCE]
+def require_equal(rows: Sequence[Row]) -> None:
+    """Assert that rows may stand side by side "at equal bytes": whatever says so must ask first.
+
+    Raises ValueError if they are of several budgets, or differ by over 2 % without an excuse.
+    """
+    budgets = {row.subject.budget for row in rows}
+    if len(budgets) > 1:
+        raise ValueError(f"rows of several budgets ({', '.join(sorted(map(str, budgets)))})")
+    less = unequal(rows)
+    if less:
+        listed = ", ".join(f"{recipe} {share - 1:.0%}" for recipe, share in less.items())
+        raise ValueError(f"NOT equal bytes; against the largest: {listed}")
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """One sentence per budget: whether its rows hold equal bytes, and why not."""
+    """Whether the rows of each budget hold equal bytes, and what is special about single rows."""
     said = []
     for budget, held in groups(rows).items():
-        if budget is None or len(held) < 2:
+        if budget is None or sum(not (idle(r) or above(r)) for r in held) < 2:
             continue
-        less = unequal(held)
-        if not less:
+        try:
+            require_equal(held)
             said.append(f"{budget}: equal bytes, within {TOLERANCE:.0%}.")
-            continue
-        why = (
-            "entries are equal, bytes follow the format"
-            if budget.endswith("tok")
-            else "a budget is a ceiling that whole pages must fit under"
-        )
-        listed = ", ".join(f"{recipe} {share - 1:.0%}" for recipe, share in less.items())
-        said.append(f"{budget}: NOT equal bytes; against the largest: {listed} ({why}).")
-    over = above(rows)
-    if over:
-        said.append(f"Above their budget, since their floor is higher: {', '.join(over)}.")
+        except ValueError as error:
+            said.append(f"{budget}: {error} ({_why(budget)}).")
+    for rule, words in (
+        (above, "Above their budget, since their floor is higher"),
+        (idle, "Never evicted anything here, so these rows show a full cache or its format"),
+    ):
+        named = [_cell(r) for r in rows if rule(r)]
+        if named:
+            said.append(f"{words}: {', '.join(named)}.")
     return said
+
+
+def _why(budget: str) -> str:
+    if budget.endswith("tok"):
+        return "entries are equal, bytes follow the format"
+    return "a budget is a ceiling that whole pages must fit under"
+
+
+def _cell(row: Row) -> str:
+    budget = row.subject.budget
+    return row.subject.recipe + (f" @ {budget}" if budget else "")

@@ -27,13 +27,15 @@ from torch import Tensor
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation.decoders import (
+    CacheDecoder,
     Decoder,
-    DevicePeak,
     Final,
     WindowDecoder,
     decoder_for,
+    device_peak,
     feed_prompt,
     final,
+    forget_device_peak,
 )
 from kvloom.evaluation.results import Bytes, Counts, Protocol, Quality, Series, Timing
 from kvloom.evaluation.subjects import Recompute, Subject
@@ -85,6 +87,7 @@ class _Steps:
     seen: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
+    other_nbytes: list[int] = field(default_factory=list)
     entries: list[float] = field(default_factory=list)
     dense_seen: list[int] = field(default_factory=list)
     dense_seconds: list[list[float]] = field(default_factory=list)
@@ -94,6 +97,7 @@ class _Steps:
         self.seen.append(seen)
         self.seconds.append(decoder.seconds)
         self.nbytes.append(decoder.nbytes())
+        self.other_nbytes.append(decoder.other_nbytes())
         self.entries.append(decoder.entries())
 
     def close(self, seen: int, dense_times: list[float], fed: int) -> None:
@@ -105,7 +109,7 @@ class _Steps:
             self.ratios.append(own / statistics.median(dense_times))
 
 
-def check(subject: Subject, protocol: Protocol) -> None:
+def check(subject: Subject, budget: Budget | None, protocol: Protocol) -> None:
     """Raise ValueError if a document of this protocol cannot measure the subject."""
     N, P = protocol.tokens, protocol.prefill
     if P < 1 or N < P + 2:
@@ -113,17 +117,21 @@ def check(subject: Subject, protocol: Protocol) -> None:
             f"{N} tokens with a prefill of {P}: the prefill needs at least 1 token, and the document "
             "at least 2 more"
         )
-    window = _own_window(subject)
+    window = _window(subject, budget)
     if window is not None and window >= N:
+        at = f" @ {budget}" if budget else ""
         raise ValueError(
-            f"a text of {N} tokens is shorter than the window of '{subject}' ({window} tokens), so "
+            f"a text of {N} tokens is shorter than the window of '{subject}{at}' ({window} tokens), so "
             "nothing would ever leave it; use a longer text or a smaller window"
         )
 
 
-def _own_window(subject: Subject) -> int | None:
+def _window(subject: Subject, budget: Budget | None) -> int | None:
+    """Tokens that a subject sees or keeps at most, where it is known in advance."""
     if isinstance(subject, Recompute):
         return subject.window
+    if budget is not None and budget.kind == "tokens":
+        return int(budget.amount)
     return subject.scorer.capacity if subject.scorer else None
 
 
@@ -132,11 +140,10 @@ def measure(
     advance: Advance,
 ) -> Measured:  # fmt: skip
     """Measure a subject on the document `ids [N]`; `advance` is told of tokens as they are read."""
-    ttft = _time_prefill(model, ids, subject, budget, protocol)
-    peak = DevicePeak(model.device)
+    ttft, most = _time_prefill(model, ids, subject, budget, protocol)
     dense, decoder = decoder_for(model, Recipe(), None), decoder_for(model, subject, budget)
     whole, decoded, steps = Scores(), Scores(), _Steps()
-    _score_prefill(dense, decoder, ids, protocol, whole)
+    prefill_peak = _score_prefill(dense, decoder, ids, protocol, whole)
     advance(protocol.prefill)
     wanted = _wanted(subject, protocol)
     for start in range(protocol.prefill, len(ids) - 1, BLOCK):
@@ -145,12 +152,10 @@ def measure(
         if block.fed and _is_scored(subject):
             at = torch.tensor(block.fed)
             decoded.add(block.dense[at - start], torch.stack(block.logits), ids[at + 1])
-        peak.note()
         advance(stop - start)
-    device_peak = peak.value()  # before anything else is allocated
     end, full = final(decoder), final(dense)
     return Measured(
-        bytes=_bytes(end, full, budget, steps, device_peak),
+        bytes=_bytes(end, full, budget, steps, prefill_peak, most),
         quality=_quality(whole, decoded),
         timing=_timing(steps, *ttft),
         counts=end.counts,
@@ -163,38 +168,49 @@ def measure(
 
 def _time_prefill(
     model: Any, ids: Tensor, subject: Subject, budget: Budget | None, protocol: Protocol
-) -> tuple[list[float], list[float]]:
-    """Seconds of the subject's prefills and of the full cache's, after a warm-up of each."""
+) -> tuple[tuple[list[float], list[float]], int | None]:
+    """Seconds of the subject's prefills and of the full cache's, after a warm-up of each; and the
+    device's peak during the subject's.
+    """
+    peak = None
     sides: list[tuple[Subject, Budget | None]] = [(subject, budget), (Recipe(), None)]
     times: list[list[float]] = [[], []]
     for run in range(1 + protocol.prefill_runs):
         for side in (0, 1) if run % 2 else (1, 0):
-            decoder = decoder_for(model, *sides[side])
+            decoder = decoder_for(model, *sides[side])  # the one before is gone
+            forget_device_peak(model.device)
             feed_prompt(decoder, ids[: protocol.prefill], protocol.prefill_chunk)
+            peak = device_peak(model.device) if side == 0 else peak
             if run:
                 times[side].append(decoder.seconds)
                 continue
             for token in ids[protocol.prefill :][:_WARM_STEPS].split(1):
                 decoder.feed(token)
-    return times[0], times[1]
+    return (times[0], times[1]), peak
 
 
 def _score_prefill(
     dense: Decoder, decoder: Decoder, ids: Tensor, protocol: Protocol, scores: Scores
-) -> None:
-    """Feed and score the first part; a recomputed window is not scored here."""
-    prompt, start = ids[: protocol.prefill], 0
+) -> int:
+    """Feed and score the first part; the most bytes held meanwhile.
+
+    A recomputed window is not scored here.
+    """
+    prompt, start, most = ids[: protocol.prefill], 0, 0
     if isinstance(decoder, WindowDecoder):
         feed_prompt(dense, prompt, protocol.prefill_chunk)
         decoder.skip(prompt)
-        return
+        return most
+    assert isinstance(decoder, CacheDecoder)
     for chunk in prompt.split(protocol.prefill_chunk or len(prompt)):
         n = len(chunk)
-        a, b = dense.feed(chunk, keep=n), decoder.feed(chunk, keep=n)
+        a, (b, held) = dense.feed(chunk, keep=n), decoder.feed_watched(chunk, keep=n)
+        most = max(most, held)
         targets = ids[start + 1 : start + n + 1]
         for part in zip(a.split(BLOCK), b.split(BLOCK), targets.split(BLOCK), strict=True):
             scores.add(*part)
         start += n
+    return most
 
 
 def _wanted(subject: Subject, protocol: Protocol) -> set[int] | None:
@@ -306,8 +322,9 @@ def _timing(steps: _Steps, ttft: list[float], dense_ttft: list[float]) -> Timing
 
 
 def _bytes(
-    end: Final, full: Final, budget: Budget | None, steps: _Steps, device_peak: int | None
-) -> Bytes:
+    end: Final, full: Final, budget: Budget | None, steps: _Steps, prefill_peak: int,
+    device_peak: int | None,
+) -> Bytes:  # fmt: skip
     """`end` is of the measured cache, `full` of the dense one."""
     seen = max(1, steps.dense_seen[-1])
     dense_mean = full.dense / seen * statistics.fmean(steps.seen)
@@ -316,6 +333,8 @@ def _bytes(
         by_part=end.by_part,
         mean=statistics.fmean(steps.nbytes),
         peak=max(steps.nbytes),
+        prefill_peak=prefill_peak,
+        other_mean=statistics.fmean(steps.other_nbytes),
         dense=full.dense,
         dense_mean=dense_mean,
         dtype_dense=full.dtype_dense,
@@ -323,6 +342,8 @@ def _bytes(
         floor=end.floor,
         slack=end.slack,
         device_peak=device_peak,
+        avg_key_bits=end.key_bits,
+        avg_value_bits=end.value_bits,
     )
 
 

@@ -1,8 +1,9 @@
 """The row of evidence: everything that is published about one measured cell, as typed dataclasses.
 
 A row is one line of JSON. Its units are in the field names or documented below: bytes, seconds,
-tokens; `None` (JSON null) means "not measured" or "not available here", never zero. Perplexities are
-`exp` of a mean natural-log loss per token.
+tokens; `None` (JSON null) means "not measured" or "not available here", never zero; what came out as
+no finite number is the text "nan", "inf" or "-inf". Perplexities are `exp` of a mean natural-log loss
+per token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 SCHEMA = "kvloom.cell"
 VERSION = 2
+_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,17 @@ class Subject:
     """What was compared.
 
     Attributes:
-        recipe: the shortest text. full: with every parameter spelled out. budget: as asked, in
-            canonical spelling. baseline: True for `recompute(...)`, which is no cache.
+        recipe: the shortest text. full: with every parameter spelled out,
+            and files by their sha256. budget: as asked, in
+            canonical spelling. baseline: True for `recompute(...)`, which is no cache. evicts: whether
+            the recipe is one that can evict.
     """
 
     recipe: str
     full: str
     budget: str | None
     baseline: bool
+    evicts: bool
 
 
 @dataclass(frozen=True)
@@ -117,18 +122,24 @@ class Bytes:
 
     Attributes:
         final: at the end of the document; by_part: the same, split. mean, peak: over the tokens
-            that were fed one at a time. dense: a 16-bit dense cache at the end; dense_mean: its
-            mean over the same tokens; dtype_dense: in the model's dtype, at the end.
+            that were fed one at a time. prefill_peak: the most during the first part, where a layer
+            holds all new tokens of a forward until it has compressed them, those included.
+        other_mean: part of `mean` in layers that kvloom does not compress (sliding windows).
+        dense: a 16-bit dense cache of the compressed layers at the end; dense_mean: its mean over
+            the same tokens; dtype_dense: in the model's dtype, at the end.
         allowed: mean over these tokens of what the budget allows; None where it is not in bytes.
         floor: the least bytes that the recipe needs. slack: part of `final` without live entries.
-        device_peak: most bytes that torch had allocated on the device while this cell's document
-            was measured, model, dense companion and activations included; None on the CPU.
+        device_peak: most bytes that torch had allocated on the device during the last prefill timed
+            for TTFT, model and activations included; None on the CPU.
+        avg_key_bits, avg_value_bits: effective bits per stored element at the end, scales included.
     """
 
     final: int
     by_part: dict[str, int]
     mean: float
     peak: int
+    prefill_peak: int
+    other_mean: float
     dense: int
     dense_mean: float
     dtype_dense: int
@@ -136,16 +147,26 @@ class Bytes:
     floor: int
     slack: int
     device_peak: int | None
+    avg_key_bits: float
+    avg_value_bits: float
+
+    @property
+    def compressed_mean(self) -> float:
+        """`mean` of the compressed layers alone."""
+        return self.mean - self.other_mean
 
     @property
     def ratio(self) -> float | None:
-        """Compression ratio: 16-bit dense bytes / real bytes, means over the decoded tokens."""
-        return self.dense_mean / self.mean if self.mean else None
+        """Compression ratio of the compressed layers: 16-bit dense bytes / real bytes, means over the
+        decoded tokens.
+        """
+        return self.dense_mean / self.compressed_mean if self.compressed_mean else None
 
     @property
     def dtype_ratio(self) -> float | None:
-        """Bytes of a dense cache in the model's dtype / real bytes, at the end."""
-        return self.dtype_dense / self.final if self.final else None
+        """The same against a dense cache in the model's dtype, at the end."""
+        held = self.final - self.by_part.get("other layers", 0)
+        return self.dtype_dense / held if held else None
 
 
 @dataclass(frozen=True)
@@ -261,9 +282,9 @@ class Row:
     series: Series
 
     def to_json(self) -> str:
-        """One line; numbers that are not finite become null."""
+        """One line; numbers that are not finite become text, since JSON has none."""
         fields = {"schema": SCHEMA, "version": VERSION, **dataclasses.asdict(self)}
-        return json.dumps(_finite(fields), separators=(",", ":"), allow_nan=False)
+        return json.dumps(_spelled(fields), separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> Row:
@@ -278,13 +299,13 @@ class Row:
         return row
 
 
-def _finite(value: Any) -> Any:
-    """`value` with NaN and infinities replaced by None, at any depth."""
+def _spelled(value: Any) -> Any:
+    """`value` with NaN and infinities replaced by one of `_NOT_FINITE`, at any depth."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: _spelled(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_spelled(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
@@ -298,6 +319,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return [_read(arguments[0], v, where) for v in value]
     if origin is dict and isinstance(value, dict):
         return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and value in _NOT_FINITE:
+        return float(value)
     wanted = (int, float) if kind is float else kind
     if origin is None and isinstance(value, wanted) and isinstance(value, bool) == (kind is bool):
         return value

@@ -79,6 +79,7 @@ class Cell:
             baseline=isinstance(self.subject, Recompute),
         )
 
+            evicts=not isinstance(self.subject, Recompute) and self.subject.evicts,
     def __str__(self) -> str:
         return f"{self.subject}" + (f" @ {self.budget}" if self.budget else "")
 

@@ -16,9 +16,9 @@ BUSY = 1.25  # load per core from which times are called unreliable
 
 def quality_table(rows: Sequence[Row]) -> Table:
     """Bytes and quality, grouped by budget."""
-    unit, size = _unit(max(row.bytes.peak for row in rows))
+    unit, size = _unit(max(max(row.bytes.peak, row.bytes.prefill_peak) for row in rows))
     columns = [
-        f"mean\n{unit}", f"peak\n{unit}", "ratio", "of\nbudget", "ppl\ndecode", "against\ndense",
+        f"mean\n{unit}", f"peak\n{unit}", f"prefill\n{unit}", "ratio", "of\nbudget", "ppl\ndecode", "against\ndense",
         "ppl\nwhole", "KL\nnats", "top-1", "needles",
     ]  # fmt: skip
     table = _table("Bytes and quality", columns)
@@ -28,6 +28,7 @@ def quality_table(rows: Sequence[Row]) -> Table:
             *_names(row),
             f"{b.mean / size:,.1f}" if b.mean else "",
             f"{b.peak / size:,.1f}" if b.peak else "",
+            f"{b.prefill_peak / size:,.1f}" if b.prefill_peak else "",
             _show(b.ratio, "{:.2f}x") if b.mean else "",
             _show(equal.budget_use(row), "{:.0%}") if row.subject.budget else "",
             _show(q.decode_perplexity, "{:.3f}"),
@@ -73,8 +74,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"{m.name}: {m.type}, {m.parameters:,} parameters, {m.layers} layers x {m.kv_heads} KV heads "
         f"x {m.head_dim}, {m.dtype}; {row.text.name}, {p.tokens} tokens, of which {p.prefill} at once "
         f"and the others one by one; {e.device}, {e.threads} threads, {e.cpu}, {e.cores} cores.",
-        "mean, peak: every live storage of the cache, over the tokens fed one by one. ratio: 16-bit "
-        "dense bytes / real bytes. of budget: mean bytes held / allowed.",
+        "mean, peak: every live storage of the cache, over the tokens fed one by one; prefill: the peak "
+        "before, one layer's new tokens uncompressed. ratio: 16-bit dense bytes / real bytes"
+        + (", compressed layers only" if any(r.bytes.other_mean for r in rows) else "")
+        + ". of budget: mean bytes held / allowed.",
         "ppl, KL, top-1: through the compressed cache, against a full cache reading the same tokens; "
         "decode: tokens predicted one by one, whole: all of them."
         + (" needles: planted facts found, compressed before asked." if p.needles else ""),
