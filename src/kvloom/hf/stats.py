@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvloom.core.format import PAGE
 from kvloom.core.store import LayerStore
+from kvloom.hf.usage import Usage
 
 if TYPE_CHECKING:
     from kvloom.hf.cache import CompressedCache
@@ -39,7 +40,13 @@ class CacheStats:
             no live entry (free and dead page slots, free tail slots).
         dense_nbytes: a 16-bit dense cache for the tokens seen.
         compression_ratio: dense_nbytes / nbytes. dtype_ratio: against the model's own dtype.
-        avg_key_bits, avg_value_bits: effective bits per stored element, scales included.
+        avg_key_bits, avg_value_bits: effective bits per stored element: codes, scales, ids and side
+            planes as the live entries hold them; sets that entries share are counted once.
+        avg_key_code_bits, avg_value_code_bits: the same without metadata (scales, zero points, ids).
+        compression_ratio_key, compression_ratio_value: 16 bits for every key (value) seen / bits of
+            those stored. total_outliers: sealed keys and values that lie beside their codes;
+            outlier_ratio: their share of all that are sealed.
+        layer_stats: the same by layer.
         compressions, evicted, merged, sealed, compactions: counts, entries over all heads.
     """
 
@@ -59,6 +66,13 @@ class CacheStats:
     dtype_ratio: float
     avg_key_bits: float
     avg_value_bits: float
+    avg_key_code_bits: float
+    avg_value_code_bits: float
+    compression_ratio_key: float
+    compression_ratio_value: float
+    outlier_ratio: float
+    total_outliers: int
+    layer_stats: list[dict[str, float]]
     compressions: int
     evicted: int
     merged: int
@@ -166,19 +180,6 @@ def _slack(store: LayerStore) -> int:
     return int(max(0, room - live) * plan.cost.page / PAGE + free_tail * plan.cost.exact_slot)
 
 
-def _bits(stores: list[LayerStore], part: str) -> float:
-    """Mean effective bits per stored element of keys or values."""
-    bits = slots = 0.0
-    for store in stores:
-        plan = store.plan
-        width = plan.key_dim if part == "key" else plan.value_dim
-        sealed, total = int(store.pool.live.sum()), int(store.stored.sum())
-        bits += sealed * plan.layout.bits(part, width)  # type: ignore[arg-type]
-        bits += (total - sealed) * 8 * plan.dtype.itemsize
-        slots += total
-    return bits / slots if slots else 0.0
-
-
 def collect_stats(cache: CompressedCache) -> CacheStats:
     """See `CompressedCache.stats`."""
     stores = [layer.store for layer in cache.compressed if layer.store is not None]
@@ -211,7 +212,15 @@ def collect_stats(cache: CompressedCache) -> CacheStats:
         dense_nbytes=dense,
         compression_ratio=dense / compressed,
         dtype_ratio=own / compressed,
-        avg_key_bits=_bits(stores, "key"),
-        avg_value_bits=_bits(stores, "value"),
+        layer_stats=[
+            {
+                "layer": layer.layer_idx,
+                "stored_mean": float(store.stored.double().mean()),
+                **Usage.of(store).figures(),
+            }
+            for layer in cache.compressed
+            if (store := layer.store) is not None
+        ],
+        **Usage.total(map(Usage.of, stores)).figures(),
         **counts,
     )
