@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvloom.core.budget import Budget
@@ -77,15 +79,17 @@ class Cell:
             full=spell_out(self.subject),
             budget=None if self.budget is None else str(self.budget),
             baseline=isinstance(self.subject, Recompute),
+            evicts=not isinstance(self.subject, Recompute) and self.subject.evicts,
         )
 
-            evicts=not isinstance(self.subject, Recompute) and self.subject.evicts,
     def __str__(self) -> str:
         return f"{self.subject}" + (f" @ {self.budget}" if self.budget else "")
 
 
 def spell_out(subject: Subject) -> str:
-    """The text with every parameter, defaults and the default schedule included."""
+    """The text with every parameter, defaults and the default schedule included, and the sha256 of
+    files in place of their paths.
+    """
     if isinstance(subject, Recompute):
         return str(subject)
     chain = [*subject.policies]
@@ -95,8 +99,33 @@ def spell_out(subject: Subject) -> str:
 
 
 def _spell_policy(policy: Policy) -> str:
-    given = [f"{f.name}={getattr(policy, f.name)!r}" for f in dataclasses.fields(policy)]
+    given = [f"{f.name}={_spell_value(policy, f)!r}" for f in dataclasses.fields(policy)]
     return policy.name + (f"({', '.join(given)})" if given else "")
+
+
+def _spell_value(policy: Policy, f: dataclasses.Field[Any]) -> Any:
+    """A parameter; a file by what is in it, wherever it lies."""
+    value = getattr(policy, f.name)
+    return file_sha256(value) if value and f.metadata.get("file") else value
+
+
+def files(recipe: Recipe) -> list[str]:
+    """The files that a recipe names, as given: parameters with `metadata={"file": True}`."""
+    named = (
+        getattr(p, f.name)
+        for p in recipe.policies
+        for f in dataclasses.fields(p)
+        if f.metadata.get("file")
+    )
+    return [path for path in named if path]
+
+
+def file_sha256(path: str) -> str:
+    """`"sha256:..."` of a file's bytes. Raises ValueError if it cannot be read."""
+    try:
+        return f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+    except OSError as error:
+        raise ValueError(f"file {path!r} cannot be read: {error}") from None
 
 
 def cells_of(recipes: Sequence[str], budgets: Sequence[str] = ()) -> list[Cell]:
