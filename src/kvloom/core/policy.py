@@ -52,6 +52,11 @@ class Policy:
         if unknown:
             raise TypeError(f"{cls.__name__}.needs has {sorted(unknown)}; known: {sorted(NEEDS)}")
 
+    @property
+    def inner(self) -> tuple[Policy, ...]:
+        """Policies that this one is made of, named by its parameters."""
+        return ()
+
     def __or__(self, other: Policy | Recipe) -> Recipe:
         from kvloom.core.recipe import Recipe
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvloom.core.block import from_newest
 from kvloom.core.entries import Entries
-from kvloom.core.policy import Scorer, check, top_newest
+from kvloom.core.policy import Policy, Scorer, check, top_newest
 from kvloom.core.recipe import Recipe
 
 _BLOCK_ELEMENTS = 1 << 19  # projected values held at once: 2 MiB in fp32, which caches hold
@@ -77,6 +77,10 @@ class CriticalKV(Scorer):
     @property
     def _base(self) -> Scorer:
         return _scorer(self.base)  # type: ignore[return-value]  # checked in __post_init__
+
+    @property
+    def inner(self) -> tuple[Policy, ...]:
+        return (self._base,)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
