@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvloom.core.policy import Policy
+from torch import Tensor
+
+from kvloom.core.entries import Entries
+from kvloom.core.policy import Scorer
 
 
 @dataclass(frozen=True)
-class Newest(Policy):
-    """Stands for a scorer from elsewhere."""
+class Newest(Scorer):
+    """Keeps what came last."""
+
+    name = "foreign_newest"
+    needs = frozenset({"positions"})
+
+    def score(self, entries: Entries) -> Tensor:
+        return entries.positions.float()

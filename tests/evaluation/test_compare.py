@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kvloom import testbed
+from kvloom.core import registry
+from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import compare, equal, identity, needles
 from kvloom.evaluation.compare import Progress
@@ -141,6 +143,38 @@ def test_foreign_policies_count_with_their_source() -> None:
 
     assert identity.foreign_sha256(parse("h2o | int4").policies) == ""  # type: ignore[union-attr]
     assert len(identity.foreign_sha256([foreign.Newest()])) == 64
+
+
+def test_a_foreign_scorer_counts_inside_of_another_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.evaluation import foreign
+
+    monkeypatch.setitem(registry._discover(), foreign.Newest.name, foreign.Newest)
+    outer = parse("criticalkv(base='foreign_newest')").policies  # type: ignore[union-attr]
+    assert identity.foreign_sha256(outer) == identity.foreign_sha256([foreign.Newest()])
+
+
+def test_a_subclass_counts_with_its_base() -> None:
+    from tests.evaluation import foreign
+
+    class Own(foreign.Newest):
+        """Lies in another module than its base."""
+
+    alone = identity.foreign_sha256([foreign.Newest()])
+    assert identity.foreign_sha256([Own()]) not in ("", alone)
+
+
+@pytest.mark.parametrize("module", ["__main__", "a.module.that.is.gone"])
+def test_rows_of_policies_without_sources_are_never_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    from tests.evaluation import foreign
+
+    monkeypatch.setattr(foreign.Newest, "__module__", module)
+    cells = [Cell(Recipe.of(foreign.Newest()), Budget.parse("40tok"))]
+    for _ in range(2):
+        log = Log()
+        compare.run(bench(), cells, Ledger(tmp_path), log)
+        assert log.fresh and not log.known
 
 
 # -- rows ----------------------------------------------------------------------------------------

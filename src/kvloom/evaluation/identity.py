@@ -10,10 +10,12 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +89,14 @@ def source_sha256() -> str:
     return digest.hexdigest()
 
 
-def foreign_sha256(policies: list[Policy]) -> str:
-    """Hash of the sources of policies that are not kvloom's own; empty if there are none."""
-    modules = sorted({type(p).__module__ for p in policies} - {"__main__"})
-    foreign = [m for m in modules if not m.startswith("kvloom.")]
-    text = "\0".join(inspect.getsource(sys.modules[m]) for m in foreign)
+def foreign_sha256(policies: Iterable[Policy]) -> str:
+    """Hash of the sources of policies that are not kvloom's own; empty if there are none.
+
+    Their base classes' modules count, and the policies that they are made of. Where there is no
+    module to read (a notebook, `__main__`), the answer is never the same twice.
+    """
+    foreign = sorted({m for p in policies for m in _foreign_modules(p)})
+    text = "\0".join(map(_module_source, foreign))
     return hashlib.sha256(text.encode()).hexdigest() if foreign else ""
 
 
@@ -119,6 +124,20 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # a checkout that was never installed
         return "unknown"
+def _foreign_modules(policy: Policy) -> set[str]:
+    own = {c.__module__ for c in type(policy).__mro__}
+    known = ("kvloom", *sys.stdlib_module_names)
+    found = {m for m in own if m == "__main__" or m.partition(".")[0] not in known}
+    return found.union(*(_foreign_modules(p) for p in policy.inner))
+
+
+def _module_source(name: str) -> str:
+    try:
+        return uuid4().hex if name == "__main__" else inspect.getsource(sys.modules[name])
+    except (KeyError, OSError, TypeError):
+        return uuid4().hex
+
+
 
 
 @cache
