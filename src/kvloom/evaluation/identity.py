@@ -100,6 +100,20 @@ def foreign_sha256(policies: Iterable[Policy]) -> str:
     return hashlib.sha256(text.encode()).hexdigest() if foreign else ""
 
 
+def _foreign_modules(policy: Policy) -> set[str]:
+    own = {c.__module__ for c in type(policy).__mro__}
+    known = ("kvloom", *sys.stdlib_module_names)
+    found = {m for m in own if m == "__main__" or m.partition(".")[0] not in known}
+    return found.union(*(_foreign_modules(p) for p in policy.inner))
+
+
+def _module_source(name: str) -> str:
+    try:
+        return uuid4().hex if name == "__main__" else inspect.getsource(sys.modules[name])
+    except (KeyError, OSError, TypeError):
+        return uuid4().hex
+
+
 def environment(device: torch.device) -> Environment:
     """The environment's part of a row."""
     return Environment(
@@ -124,20 +138,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # a checkout that was never installed
         return "unknown"
-def _foreign_modules(policy: Policy) -> set[str]:
-    own = {c.__module__ for c in type(policy).__mro__}
-    known = ("kvloom", *sys.stdlib_module_names)
-    found = {m for m in own if m == "__main__" or m.partition(".")[0] not in known}
-    return found.union(*(_foreign_modules(p) for p in policy.inner))
-
-
-def _module_source(name: str) -> str:
-    try:
-        return uuid4().hex if name == "__main__" else inspect.getsource(sys.modules[name])
-    except (KeyError, OSError, TypeError):
-        return uuid4().hex
-
-
 
 
 @cache
