@@ -170,6 +170,15 @@ def test_outliers_of_16_bit_models_are_exact_and_cost_others_nothing(dtype):
     assert error <= 1.5 * before  # one outlier that was stored exactly gave way
 
 
+def test_outliers_are_counted_by_tile():
+    keys, values = pages(1)
+    for share, want in ((0.05, [[[32 + 32 * 1] * 2]]), (0, None)):
+        cell = Cell(KVQuant(outliers=share), place_of(D, E))
+        stored = stored_page(cell.encode(keys, values), 0, cell.tables, (D, E))
+        found = cell.fmt.outlier_counts(stored)
+        assert found is want if want is None else found.tolist() == want
+
+
 def test_as_many_outliers_as_asked_and_never_all():
     assert [_sparse.count(0.01, n) for n in (64, 128, 256, 2048, 4096)] == [1, 1, 3, 20, 41]
     assert _sparse.count(0, 128) == 0
@@ -339,8 +348,8 @@ def test_heads_have_their_own_ranges(tmp_path):
         ({"bits": 8}, r"kvquant\(bits=8\): bits is 4, 3 or 2"),
         ({"outliers": 0.5}, "outliers is a share"),
         ({"outliers": True}, "outliers is a share"),
-        ({"calibration": ""}, "calibration is the path of a file, or None"),
-        ({"calibration": 3}, "calibration is the path of a file, or None"),
+        ({"calibration": ""}, "calibration is a file's path, or None"),
+        ({"calibration": 3}, "calibration is a file's path, or None"),
         ({"q_norm": 2}, "q_norm is True, False or None"),
     ],
 )

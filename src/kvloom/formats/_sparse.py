@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvloom.core.format import Field, Part
+from kvloom.core.format import Field, Part, Stored
 from kvloom.formats._grid import LIMIT
+from kvloom.kernels.layout import TILE
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -56,3 +57,12 @@ def put(part: Part, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         return x
     exact = stored[f"{part}_outliers"].to(x.dtype)
     return x.scatter(-1, stored[f"{part}_index"].long(), exact)
+
+
+def counts(stored: Stored) -> Tensor | None:
+    """See `PageFormat.outlier_counts`: a tile's keys, and the values of its tokens."""
+    if "key_outliers" not in stored.tile:
+        return None
+    keys, values = stored.tile["key_index"], stored.slot["value_index"]
+    each = keys.shape[-1] + TILE * values.shape[-1]
+    return torch.full(keys.shape[:-1], each, device=keys.device)

@@ -3,18 +3,17 @@
     k_tc ~ o_c + s_c * level_K[code]      v_tc ~ o_t + s_t * level_V[code]
 
 Offset o and scale s span the range without outliers: of a key channel as calibrated, of a token's
-values as they come. The levels of a layer minimise E[F (x - q(x))^2], F = (d loss / d x)^2 being the
-Fisher information (`kvloom calibrate`). Outliers, 1 % of both, are stored exactly with their places,
-and so is the first token. Q-norm shifts and stretches the levels that are read, so that mean and
-standard deviation are those of the numbers that were coded.
+values as they come. A layer's levels minimise E[F (x - q(x))^2], F = (d loss / d x)^2 being the Fisher
+information (`kvloom calibrate`). Outliers, 1 % of both, are stored exactly with their places, and so
+is the first token. Q-norm shifts and stretches the levels that are read, so that mean and deviation
+are those of the numbers coded.
 
 Deviations: a tile of 32 tokens has a fixed number of key outliers, the farthest out for their
 channels, where the paper takes all beyond a calibrated threshold: tiles can be freed. A token's values
 are one head's, as pages are; its outliers are the farthest from the median, whatever the side.
 
-Without a calibration, a key channel's range is that of its page and the levels are a normal
-distribution's: our own variant, with 0.5 bits more per key, blind to this model's distribution and to
-where errors matter.
+Without a calibration, a key channel's range is its page's, and the levels are those of a normal
+distribution: our own variant, 0.5 bits per key larger, blind to what the model computes with them.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ class KVQuant(PageFormat):
         check(self, self.bits in (4, 3, 2), "bits is 4, 3 or 2")
         share = type(self.outliers) in (int, float) and 0 <= self.outliers < 0.5
         check(self, share, "outliers is a share, 0 <= outliers < 0.5")
-        path = isinstance(self.calibration, str | None) and self.calibration != ""
-        check(self, path, "calibration is the path of a file, or None")
+        path = self.calibration is None or isinstance(self.calibration, str)
+        check(self, path and self.calibration != "", "calibration is a file's path, or None")
         check(self, self.q_norm in (None, True, False), "q_norm is True, False or None")
 
     @property
@@ -104,6 +103,9 @@ class KVQuant(PageFormat):
         tile |= _sparse.take("key", tiles, keys.index, layout.tile)
         slot = _sparse.take("value", batch.values, values.index, layout.slot)
         return Encoded(slot, tile, {"ranges": keys.sets()} if layout.sets else {})
+
+    def outlier_counts(self, stored: Stored) -> Tensor | None:
+        return _sparse.counts(stored)
 
     def decode(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.calibration:  # a head's, for all of its tiles
