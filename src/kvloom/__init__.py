@@ -10,6 +10,7 @@ implementation.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ from kvloom.core.schedule import Lazy
 
 if TYPE_CHECKING:
     from kvloom.hf.cache import CompressedCache
+    from kvloom.hf.compressed_model import (
+        CompressedLlamaForCausalLM,
+        CompressedModelForCausalLM,
+        CompressionConfig,
+    )
 
 try:
     __version__ = version("kvloom")
@@ -30,16 +36,23 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "Allocator", "Budget", "CompressedCache", "Lazy", "Merger", "Policy", "Recipe", "Scorer",
+    "Allocator", "Budget", "CompressedCache", "CompressedLlamaForCausalLM",
+    "CompressedModelForCausalLM", "CompressionConfig", "Lazy", "Merger", "Policy", "Recipe", "Scorer",
     "methods", "presets", "register",
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name == "CompressedCache":  # lazily: transformers takes seconds to import
-        from kvloom.hf.cache import CompressedCache
+_NEED_TRANSFORMERS = {
+    "CompressedCache": "kvloom.hf.cache",
+    "CompressedLlamaForCausalLM": "kvloom.hf.compressed_model",
+    "CompressedModelForCausalLM": "kvloom.hf.compressed_model",
+    "CompressionConfig": "kvloom.hf.compressed_model",
+}
 
-        return CompressedCache
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TRANSFORMERS:  # lazily: it takes seconds to import
+        return getattr(import_module(_NEED_TRANSFORMERS[name]), name)
     for policy in registry.policies().values():  # H2O, Int4, ...: discovered, not listed
         if policy.__name__ == name:
             return policy
