@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvloom.core.format import Sets
+from kvloom.core.format import Field, Sets
 from kvloom.formats import _sparse
 from kvloom.formats._grid import LEAST, LIMIT
-from kvloom.kernels.layout import TILE
+from kvloom.kernels.layout import TILE, Planes
+
+_PLANE = Field((1, TILE), torch.float16, "value", Planes(), metadata=True)
+PLANES = {"value_offset": _PLANE, "value_scale": _PLANE}  # of a tile's tokens
 
 
 @dataclass

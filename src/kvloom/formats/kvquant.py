@@ -27,10 +27,9 @@ from kvloom.core.format import Encoded, Field, Layout, PageBatch, PageFormat, Pl
 from kvloom.core.policy import check
 from kvloom.formats import _levels, _ranges, _sparse
 from kvloom.formats._calibration import Calibration, calibrated
-from kvloom.kernels.layout import TILE, Planes
+from kvloom.kernels.layout import TILE
 
 RANGE = ("key_offset", "key_scale")
-TOKEN = Field((1, TILE), torch.float16, "value", Planes(), metadata=True)
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ class KVQuant(PageFormat):
 
     def layout(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> Layout:
         tile = _levels.fields(self.bits, key_dim, value_dim)
-        tile |= {"value_offset": TOKEN, "value_scale": TOKEN}
-        tile |= _sparse.fields("key", self.outliers, TILE * key_dim, dtype)
+        tile |= _ranges.PLANES | _sparse.fields("key", self.outliers, TILE * key_dim, dtype)
         channel = Field((key_dim,), torch.float16, "key", metadata=True)
         sets = {} if self.calibration else {"ranges": dict.fromkeys(RANGE, channel)}
         return Layout(_sparse.fields("value", self.outliers, value_dim, dtype), tile, sets)
