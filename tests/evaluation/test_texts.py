@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvloom.evaluation import texts
+from kvloom.evaluation import compare, needles, texts
 
 
 def letters(text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
@@ -36,6 +36,47 @@ def test_documents_follow_each_other_with_one_start(tmp_path: Path) -> None:
         assert texts.load(str(tmp_path / name), letters, 7).ids.tolist() == [0, *map(ord, "abcdef")]
 
 
+class Counting:
+    """A tokenizer of `letters` that counts the characters it reads."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        self.read += len(text)
+        return letters(text, **options)
+
+
+def test_of_a_large_text_only_the_start_is_read(tmp_path: Path) -> None:
+    (tmp_path / "large.txt").write_text("0123456789 " * 200_000)
+    tokenizer = Counting()
+    found = texts.load(str(tmp_path / "large.txt"), tokenizer, 100, filler=300)
+    assert found.ids.tolist() == letters("0123456789 " * 10)["input_ids"][:100]
+    assert tokenizer.read < 100 * 64 and len(found.raw) == 300 * texts.FILLER
+
+
+def test_a_text_of_long_words_is_read_until_enough(tmp_path: Path) -> None:
+    def words(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [len(word) for word in text.split()]}
+
+    (tmp_path / "long.txt").write_text(f"{'x' * 300} " * 900)
+    assert texts.load(str(tmp_path / "long.txt"), words, 400).ids.tolist() == [300] * 400
+
+
+def test_a_cut_text_has_the_tokens_of_the_whole(tmp_path: Path) -> None:
+    _, tokenizer = compare.load_model("testbed", "float32", "cpu")
+    whole = next(text for text in texts.documents("stdlib") if len(text) > 30_000)
+    (tmp_path / "t.py").write_text(whole)
+    ids = texts.load(str(tmp_path / "t.py"), tokenizer, 300).ids.tolist()
+    assert ids == tokenizer(whole, verbose=False)["input_ids"][:300]
+
+
+def test_tasks_longer_than_the_text_get_enough_filler() -> None:
+    _, tokenizer = compare.load_model("testbed", "float32", "cpu")
+    raw = texts.load("stdlib", tokenizer, 200, filler=3000).raw
+    assert len(needles.prepare(raw, tokenizer, 2, 3000, seed=0)) == 2
+
+
 def test_the_hash_is_of_the_tokens(tmp_path: Path) -> None:
     for name, text in (("a.txt", "abcd"), ("b.txt", "abcx"), ("c.txt", "bbcd")):
         (tmp_path / name).write_text(text)
@@ -56,7 +97,9 @@ def test_the_hash_is_of_the_tokens(tmp_path: Path) -> None:
         ("not json", "t.jsonl", ("t.jsonl", "not JSON")),
         ('{"title": "x"}', "t.jsonl", ("t.jsonl", "'text'")),
         ("[1]", "t.jsonl", ("t.jsonl", "'text'")),
+        ('{"text": 5}', "t.jsonl", ("t.jsonl", "'text'")),
         ("plain", "t.jsonl.xz", ("t.jsonl.xz", "cannot be read")),
+        ("\x7fELF\0\0\0" * 50, "t.txt", ("t.txt", "not text in UTF-8", "150 of 350")),
     ],
 )
 def test_a_wrong_text_is_named(
@@ -67,6 +110,16 @@ def test_a_wrong_text_is_named(
     with pytest.raises(ValueError) as error:
         texts.load(str(tmp_path / name), letters, 100)
     assert all(word in str(error.value) for word in words)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(bytes(range(128, 256)) * 9)
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "\xff"}')
+    for name, words in (("t.txt", "t.txt.*not text in UTF-8"), ("t.jsonl", "cannot be read")):
+        with pytest.raises(ValueError, match=words):
+            texts.load(str(tmp_path / name), letters, 10)
+    (tmp_path / "t.txt").write_bytes(b"one odd byte \xff in " * 9 + b"much else " * 999)
+    assert len(texts.load(str(tmp_path / "t.txt"), letters, 10).ids) == 10
 
 
 def test_an_empty_folder_is_empty(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def prepare(source: str, text: str, protocol: Protocol, dtype: str, device: str)
     """Load model, text and tasks. Raises ValueError on anything that cannot be measured."""
     measure.check(Recipe(), None, protocol)
     model, tokenizer = load_model(source, dtype, device)
-    document = texts.load(text, tokenizer, protocol.tokens)
+    document = texts.load(text, tokenizer, protocol.tokens, filler=protocol.needle_tokens)
     tasks = needles.prepare(
         document.raw, tokenizer, protocol.needles, protocol.needle_tokens, protocol.seed
     )

@@ -19,6 +19,9 @@ from kvloom.testbed import texts
 
 BUNDLED: dict[str, Callable[[], Iterable[str]]] = {"stdlib": texts.held_out_texts}
 FILLER = 24  # characters of raw text per token asked for
+_PER_TOKEN = 32  # characters of a long text that are tokenised at first for each token asked for
+_BAD = 0.001  # share of characters that may be unreadable, as in a text with a few odd bytes
+_UNSURE = 64  # tokens before a cut that might be others if the text went on
 _LOCAL_SUFFIXES = (*sorted(texts.SUFFIXES), ".jsonl", ".xz")
 
 
@@ -40,25 +43,39 @@ class Document:
         return results.Text(self.name, tokens_sha256(self.ids), len(self.ids))
 
 
-def load(name: str, tokenizer: Any, tokens: int) -> Document:
+def load(name: str, tokenizer: Any, tokens: int, filler: int = 0) -> Document:
     """The first `tokens` tokens of a text, its documents one after the other.
 
-    Special tokens stand at the start only. Raises ValueError if the text is unknown, unreadable,
-    empty or too short.
+    Special tokens stand at the start only. `filler` asks for raw text for tasks of so many tokens,
+    if the text has it. Raises ValueError if the text is unknown, unreadable, empty, too short, or no
+    text.
     """
     ids: list[int] = []
     read: list[str] = []
+    missing = FILLER * max(tokens, filler)  # characters
     for text in documents(name):
         if len(ids) < tokens:
-            ids += tokenizer(text, add_special_tokens=not ids, verbose=False)["input_ids"]
-        read.append(text)
-        if len(ids) >= tokens and sum(map(len, read)) >= FILLER * tokens:
+            ids += _first_ids(text, tokenizer, tokens - len(ids), start=not ids)
+        read.append(text[: max(0, missing)])
+        missing -= len(text)
+        if len(ids) >= tokens and missing <= 0:
             break
     if not any(text.strip() for text in read):
         raise ValueError(f"text {name!r} is empty: there is nothing to predict")
     if len(ids) < tokens:
         raise ValueError(f"text {name!r} has {len(ids)} tokens, and {tokens} were asked for")
     return Document(name, torch.tensor(ids[:tokens]), "\n".join(read))
+
+
+def _first_ids(text: str, tokenizer: Any, tokens: int, start: bool) -> list[int]:
+    """The first `tokens` ids of a text, or all if it has fewer; no more of it is read than needed."""
+    characters = _PER_TOKEN * tokens + _UNSURE
+    while True:
+        part = text[:characters]
+        ids: list[int] = tokenizer(part, add_special_tokens=start, verbose=False)["input_ids"]
+        if len(part) == len(text) or len(ids) >= tokens + _UNSURE:
+            return ids[:tokens] if len(part) < len(text) else ids
+        characters *= 2
 
 
 def documents(name: str) -> Iterator[str]:
@@ -79,15 +96,27 @@ def documents(name: str) -> Iterator[str]:
 
 def _local(name: str) -> Iterator[str]:
     try:
-        yield from texts.local_texts(name)
+        for text in texts.local_texts(name):
+            _check_text(text, name)
+            yield text
     except FileNotFoundError:
         raise ValueError(f"text {name!r}: there is no such file or folder") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"text {name!r}: a line is not JSON ({error})") from None
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"text {name!r}: every line must be an object with a 'text'") from None
-    except (OSError, lzma.LZMAError, EOFError) as error:
+    except (OSError, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"text {name!r} cannot be read: {error}") from None
+
+
+def _check_text(text: str, name: str) -> None:
+    """Raise ValueError if this was no UTF-8 text: such bytes were read as replacement characters."""
+    bad = text.count("\0") + text.count("\ufffd")
+    if bad > len(text) * _BAD:
+        raise ValueError(
+            f"text {name!r} is not text in UTF-8: {bad:,} of {len(text):,} characters are NUL or could "
+            "not be read; convert it, or name another file"
+        )
 
 
 def _hub(name: str) -> Iterator[str]:
