@@ -62,6 +62,11 @@ def dequantize(codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> 
     return x.mul_(scale.float()).add_(zero.float())
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 `x` in `dtype`. What was rounded may lie past the end of fp16: it saturates."""
+    return x.clamp(-LIMIT, LIMIT).half() if dtype == torch.float16 else x.to(dtype)
+
+
 @dataclass(frozen=True)
 class Grid:
     """How keys, or values, lie on uniform grids.
@@ -97,7 +102,7 @@ class Grid:
         fields = {f"{self.part}_codes": Field((nbytes,), torch.uint8, self.part, codec)}
         if self.per == "token":
             plane = (-(-width // self._channels(width)), TILE)
-            of_tokens = Field(plane, torch.float16, self.part, Planes())
+            of_tokens = Field(plane, torch.float16, self.part, Planes(), metadata=True)
             fields.update(dict.fromkeys(self.names, of_tokens))
         elif self._in_tile:
             fields.update(self._of_channels(width))
@@ -107,7 +112,7 @@ class Grid:
         return {} if self._in_tile else self._of_channels(width)
 
     def _of_channels(self, width: int) -> dict[str, Field]:
-        return dict.fromkeys(self.names, Field((width,), torch.float16, self.part))
+        return dict.fromkeys(self.names, Field((width,), torch.float16, self.part, metadata=True))
 
     def _channels(self, width: int) -> int:
         return min(self.channels or width, width)

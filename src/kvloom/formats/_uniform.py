@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvloom.core.format import Encoded, Layout, PageBatch, Part, Sets, Stored
 from kvloom.core.policy import check
-from kvloom.formats._grid import Grid
-from kvloom.formats._hadamard import Rotated, cast
+from kvloom.formats._grid import Grid, cast
+from kvloom.formats._rotated import Rotated
 from kvloom.kernels.layout import BITS
 
 

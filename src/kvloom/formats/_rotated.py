@@ -1,0 +1,70 @@
+"""Formats that hold keys, values or both in a rotated basis; queries and outputs turn instead."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvloom.core.format import PageBatch, PageFormat, Part, Place, Stored
+from kvloom.formats import _hadamard
+from kvloom.formats._grid import cast
+
+
+class Rotated(PageFormat, ABC):
+    """Base of formats that may rotate.
+
+    Subclasses name the parts in `rotated`, have a `seed`, encode what `in_basis` gives, and
+    implement `read`.
+    """
+
+    seed: int = 0
+
+    @property
+    @abstractmethod
+    def rotated(self) -> tuple[Part, ...]:
+        """What is rotated: keys, values, both, or nothing."""
+
+    @property
+    def turns(self) -> bool:
+        return bool(self.rotated)
+
+    def tables(self, place: Place, device: torch.device) -> dict[str, Tensor]:
+        made = {}
+        if "key" in self.rotated:
+            made["key_signs"] = _hadamard.signs(place, place.key_dim, 2 * self.seed, device)
+        if "value" in self.rotated:
+            made["value_signs"] = _hadamard.signs(place, place.value_dim, 2 * self.seed + 1, device)
+        return made
+
+    def in_basis(self, batch: PageBatch) -> tuple[Tensor, Tensor]:
+        """Keys and values `[N, 64, W]` in the basis in which they are stored."""
+        both = []
+        for part, x in (("key", batch.keys), ("value", batch.values)):
+            table = batch.tables.get(f"{part}_signs")
+            if table is not None:
+                x = _hadamard.transform(x.float() * table[batch.head][:, None])
+            both.append(x)
+        return both[0], both[1]
+
+    def decode(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if not self.turns:
+            return self.read(stored, dtype)
+        keys, values = self.read(stored, torch.float32)
+        if "key_signs" in stored.tables:
+            keys = _hadamard.transform(keys, back=True) * stored.tables["key_signs"][:, None]
+        if "value_signs" in stored.tables:
+            values = _hadamard.transform(values, back=True) * stored.tables["value_signs"][:, None]
+        return cast(keys, dtype), cast(values, dtype)
+
+    def turn_query(self, query: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        if "key" not in self.rotated:
+            return query
+        return _hadamard.turn(query, tables["key_signs"][:, None, None]).to(query.dtype)
+
+    def turn_back(self, out: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        if "value" not in self.rotated:
+            return out
+        return _hadamard.turn_back(out, tables["value_signs"][:, None, None]).to(out.dtype)
