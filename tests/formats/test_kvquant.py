@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -416,6 +417,10 @@ def test_files_whose_parts_disagree_are_refused(tmp_path):
         made = made_up()
         made.facts.update(change)
         made.save(path)
+        with pytest.raises(ValueError, match="do not agree"):
+            Calibration.load(path)
+    for change in ({"key_offset": torch.zeros(())}, {"key_levels": torch.zeros(1, 8)}):
+        dataclasses.replace(made_up(), **change).save(path)
         with pytest.raises(ValueError, match="do not agree"):
             Calibration.load(path)
 

@@ -35,7 +35,8 @@ Recipes = Annotated[
     typer.Option(
         "--recipe",
         help="A recipe, or 'recipe @ budget'; repeatable. 'recompute(window=1020)' is the baseline "
-        "without a cache. The full cache always comes first.",
+        "without a cache. The full cache always comes first. Without any, those of the demo, at its "
+        "budgets unless others are given.",
     ),
 ]
 Model = Annotated[str, typer.Option(help="A folder, a hub name, or 'testbed', the bundled model.")]
@@ -128,11 +129,44 @@ def generate(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a hub name, or 'testbed', the bundled model.")
+    ],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    text: Annotated[
+        str,
+        typer.Option(
+            help="As for compare; it cannot be compared on afterwards. 'stdlib_train': the modules "
+            "that 'stdlib' leaves out."
+        ),
+    ] = "stdlib_train",
+    bits: Annotated[int, typer.Option(help="4, 3 or 2, as the recipe will have them.")] = 4,
+    outliers: Annotated[
+        float, typer.Option(help="Share stored exactly, as the recipe will have it; 0: none.")
+    ] = 0.01,
+    samples: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 16,
+    length: Annotated[int, typer.Option(min=3, help="Tokens of each.")] = 2048,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Find kvquant's ranges and levels for a model: two passes over a text, one with gradients."""
+    with one_line_errors():
+        from kvloom.cli import calibrate as command
+
+        options = command.Options(
+            model, text, out, bits, outliers, samples, length, dtype, device, force
+        )
+        command.run(options, console())
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for rows and figures.")] = Path("results/demo"),
     again: Annotated[bool, typer.Option(help="Measure even what was measured before.")] = False,
 ) -> None:
-    """A small comparison on the bundled model: about a minute, offline, ends with a figure."""
+    """A small comparison on the bundled model: one to three minutes, offline, ends with a figure."""
     with one_line_errors():
         from kvloom.cli import compare as command
 

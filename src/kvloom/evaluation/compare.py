@@ -13,7 +13,7 @@ import torch
 
 from kvloom import testbed
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation import identity, measure, needles, texts
+from kvloom.evaluation import disjoint, identity, measure, needles, texts
 from kvloom.evaluation.decoders import decoder_for
 from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.results import Protocol, Row
@@ -60,6 +60,8 @@ class Bench:
         for cell in cells:
             measure.check(cell.subject, cell.budget, self.protocol)
             decoder_for(self.model, cell.subject, cell.budget)
+            texts = [self.document.ids, *(needle.context for needle in self.needles)]
+            disjoint.check(cell.subject, self.document.name, texts)
 
     def key(self, cell: Cell) -> str:
         """Hash of everything that determines the cell's row."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvloom.core.policy import Policy
-from kvloom.evaluation.results import SCHEMA, VERSION, Environment, Model
+from kvloom.evaluation.results import SCHEMA, VERSION, Environment, Model, Text
 from kvloom.kernels.ops import forced_backend
 
 PACKAGE = Path(__file__).parents[1]
@@ -50,15 +50,24 @@ def tokens_sha256(ids: Tensor) -> str:
 def model_sha256(model: nn.Module) -> str:
     """Hash of a model's config and of every parameter and buffer as it is in memory."""
     digest = hashlib.sha256()
-    config = model.config.to_dict()  # type: ignore[operator, union-attr]
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(_config(model))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(raw.numpy().data)  # no copy: models are large
     return digest.hexdigest()
+
+
+def config_sha256(model: nn.Module) -> str:
+    """Hash of a model's config, where it lies and who wrote it left out."""
+    return hashlib.sha256(_config(model)).hexdigest()
+
+
+def _config(model: nn.Module) -> bytes:
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    return json.dumps(config, sort_keys=True, default=str).encode()
 
 
 def model_facts(model: nn.Module, name: str) -> Model:
@@ -76,6 +85,21 @@ def model_facts(model: nn.Module, name: str) -> Model:
         positions=getattr(config, "max_position_embeddings", None),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
+
+
+def calibration_facts(model: nn.Module, name: str, text: Text) -> dict[str, str]:
+    """What a calibration says of its model, its text and the versions that made it."""
+    return {
+        "model": name,
+        "model_sha256": model_sha256(model),
+        "config_sha256": config_sha256(model),
+        "text": text.name,
+        "text_sha256": text.sha256,
+        "text_tokens": str(text.tokens),
+        "kvloom": _version("kvloom"),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+    }
 
 
 @cache

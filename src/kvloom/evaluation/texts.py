@@ -17,7 +17,10 @@ from kvloom.evaluation import results
 from kvloom.evaluation.identity import tokens_sha256
 from kvloom.testbed import texts
 
-BUNDLED: dict[str, Callable[[], Iterable[str]]] = {"stdlib": texts.held_out_texts}
+BUNDLED: dict[str, Callable[[], Iterable[str]]] = {
+    "stdlib": texts.held_out_texts,
+    "stdlib_train": lambda: map(texts.read, texts.stdlib_split(held_out=False)),
+}
 FILLER = 24  # characters of raw text per token asked for
 _PER_TOKEN = 32  # characters of a long text that are tokenised at first for each token asked for
 _BAD = 0.001  # share of characters that may be unreadable, as in a text with a few odd bytes
@@ -82,7 +85,8 @@ def documents(name: str) -> Iterator[str]:
     """The documents of a text.
 
     Args:
-        name: `"stdlib"` (held-out modules of the standard library); a text file, a `.jsonl` or
+        name: `"stdlib"` (modules of the standard library held out of the testbed's training),
+            `"stdlib_train"` (the others); a text file, a `.jsonl` or
             `.jsonl.xz` of objects with a `text`, or a folder of text files; or a dataset of the
             hub as `"owner/name"`, `"owner/name:config"` or `"owner/name:config:split"`.
     """

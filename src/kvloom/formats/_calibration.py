@@ -5,6 +5,7 @@ Everything but the widths is per layer that the cache compresses, L of them; K =
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from kvloom.core.format import Place
 from kvloom.core.policy import Policy, check
 from kvloom.formats._levels import Levels
 
-KIND = "kvloom.kvquant.1"
+KIND, HEADER = "kvloom.kvquant.1", "calibration"
 HOW = "make one with `kvloom calibrate`"
 
 
@@ -65,7 +66,8 @@ class Calibration:
         part = target.with_name(target.name + ".part")
         tensors = {n: getattr(self, n).contiguous() for n in _tensors()}
         try:
-            save_file(tensors, part, {"kind": KIND, **self.facts})
+            header = json.dumps({"kind": KIND, **self.facts}, sort_keys=True)
+            save_file(tensors, part, {HEADER: header})  # one key: several come in any order
             part.replace(target)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from None
@@ -77,23 +79,24 @@ class Calibration:
         """Read a file. Raises ValueError if it is none that `kvloom calibrate` wrote."""
         try:
             with safe_open(path, framework="pt") as file:
-                facts = dict(file.metadata() or {})
-                kind, names = facts.pop("kind", None), set(file.keys())
+                facts = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+                kind = facts.pop("kind", None) if isinstance(facts, dict) else None
+                names = set(file.keys())
                 if kind != KIND or names != set(_tensors()):
                     raise ValueError(f"calibration {str(path)!r} is not a file of kind {KIND!r}")
                 made = cls(**{n: file.get_tensor(n) for n in names}, facts=facts)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"calibration {str(path)!r} cannot be read: {error}; {HOW}") from None
         made._check(path)
         return made
 
     def _check(self, path: str | Path) -> None:
-        layers, sound = self.shape[0], len(self.shape) == 3
+        sound = len(self.shape) == 3
         try:
-            levels = (layers, 1 << self.bits)
+            levels = (*self.shape[:1], 1 << self.bits)
             sound &= 0 <= self.outliers < 1
         except (KeyError, ValueError):
-            sound, levels = False, (0, 0)
+            sound, levels = False, ()
         sound &= self.key_scale.shape == self.key_offset.shape and self.text_blocks.ndim == 1
         books = (self.key_levels, self.key_matched, self.value_levels, self.value_matched)
         if not sound or any(tuple(book.shape) != levels for book in books):
