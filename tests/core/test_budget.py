@@ -43,6 +43,15 @@ def test_spellings(text, kind, amount):
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [("300KiB", "300KiB"), ("1536MiB", "1536MiB"), ("1.5GiB", "1536MiB"), ("3MB", "3MB"),
+     ("1024B", "1KiB"), ("100B", "100B"), (2**30, "1GiB"), ("12.50%", "12.5%"), (" 9 tok", "9tok")],
+)  # fmt: skip
+def test_a_budget_is_shown_in_the_largest_unit_that_fits(text, shown):
+    assert str(Budget.parse(text)) == shown
+
+
+@pytest.mark.parametrize(
     "text",
     ["", "512", "MiB", "-5MiB", "5 parsecs", "1e3tok", "0tok", "0%", "101%", "1.5tok", "25 %%",
      "5.MiB", "512mib", "nan%", "inf%", 0, -3, True, 2.5, None],

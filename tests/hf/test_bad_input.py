@@ -30,7 +30,7 @@ from tests.models import build, generate, left_padded, tokens
         ("h2o", "0tok", ["'0tok'", "above 0"]),
         ("h2o", "130%", ["'130%'", "at most 100%"]),
         ("h2o", "1.5tok", ["whole numbers"]),
-        ("h2o", "1KiB", ["1024B", "below the floor", "bytes per row"]),
+        ("h2o", "1KiB", ["1KiB", "below the floor", "bytes per row"]),
         ("streaming_llm", "4tok", ["'4tok'", "below the floor", "4 sinks"]),
         ("streaming_llm(recent=60)", "50tok", ["states its own size", "64 entries"]),
         ("int4", "25%", ["'25%'", "nothing in the recipe evicts"]),

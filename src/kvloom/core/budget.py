@@ -62,7 +62,11 @@ class Budget:
     def __str__(self) -> str:
         if self.kind == "share":
             return f"{self.amount * 100:.12g}%"
-        return f"{int(self.amount)}{'tok' if self.kind == 'tokens' else 'B'}"
+        amount = int(self.amount)
+        if self.kind == "tokens":
+            return f"{amount}tok"
+        unit = next(u for u in ("GiB", "MiB", "KiB", "GB", "MB", "KB", "B") if amount % _UNITS[u] == 0)
+        return f"{amount // _UNITS[unit]}{unit}"
 
 
 @dataclass(frozen=True)
