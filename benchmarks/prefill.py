@@ -29,21 +29,23 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
         for i in range(0, given.context, chunk):
             net(ids[:, i : i + chunk], past_key_values=cache, logits_to_keep=1)
 
+    budgets: dict[str, str | None] = {"none": None}
     calls = {"DynamicCache": lambda: run(stock, DynamicCache(config=stock.config))}
-    for recipe in ("none", *given.recipes):
-        name, _, own = recipe.partition("@")
-        budget = own.strip() or (None if recipe == "none" else given.budget)
+    for recipe in given.recipes:
+        budgets.setdefault(recipe, recipe.partition("@")[2].strip() or given.budget)
+    for recipe, budget in budgets.items():
+        name = recipe.partition("@")[0].strip()
         calls[recipe] = lambda name=name, budget=budget: run(
-            model, CompressedCache(model, name.strip(), budget=budget)
+            model, CompressedCache(model, name, budget=budget)
         )
     times = interleaved(calls, given.repeats, warmup=1)
     rows = []
-    for recipe in ("none", *given.recipes):
+    for recipe, budget in budgets.items():
         against_none = paired_ratio(times[recipe], times["none"])
         against_dynamic = paired_ratio(times[recipe], times["DynamicCache"])
         rows.append({
             **provenance(given.threads), "context": given.context, "chunk": chunk, "recipe": recipe,
-            "budget": given.budget, "repeats": given.repeats,
+            "budget": budget or "", "repeats": given.repeats,
             "ratio_to_none": round(against_none[0], 4), "q25": round(against_none[1], 4),
             "q75": round(against_none[2], 4), "ratio_to_dynamic": round(against_dynamic[0], 4),
             "seconds": round(statistics.median(times[recipe]), 3),
