@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvloom.core import registry
-from kvloom.evaluation.subjects import Recompute
+from kvloom.evaluation.recompute import Recompute
 from kvloom.policies import presets
 
 PAGE = Path(__file__).with_name("methods.md")
@@ -80,9 +80,9 @@ def _presets() -> str:
 
 
 def _baseline() -> str:
-    return "## Baseline, for `kvloom compare` only\n\n" + _prose(
-        inspect.getdoc(Recompute) or "", Recompute
-    )
+    module = inspect.getdoc(sys.modules[Recompute.__module__]) or ""
+    own = inspect.getdoc(Recompute) or ""
+    return f"## Baseline, for `kvloom compare` only\n\n{_prose(module)}\n{_prose(own, Recompute)}"
 
 
 def _prose(doc: str, cls: type[Any] | None = None) -> str:

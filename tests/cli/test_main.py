@@ -33,6 +33,7 @@ def test_the_baseline_is_listed_and_shown() -> None:
     assert "recompute" in kvloom("list").output.split()
     out = kvloom("show", "recompute").output
     assert "window" in out and "positions" in out and "required" in out and "500" in out
+    assert "model(t_{i-W+1} .. t_i)" in out and "2309.17453" in out
 
 
 def test_show_writes_out_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:

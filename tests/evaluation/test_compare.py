@@ -14,7 +14,8 @@ from kvloom.core.recipe import Recipe
 from kvloom.evaluation import compare, equal, identity, needles
 from kvloom.evaluation.compare import Progress
 from kvloom.evaluation.ledger import Ledger
-from kvloom.evaluation.subjects import Cell, Recompute, cells_of, parse, spell_out
+from kvloom.evaluation.recompute import Recompute
+from kvloom.evaluation.subjects import Cell, cells_of, parse, spell_out
 from kvloom.hf import load
 from kvloom.kernels.ops import forced_backend
 from tests.evaluation.tiny import ByteTokenizer, bench, perturbed

@@ -12,8 +12,9 @@ from kvloom.core.recipe import Recipe
 from kvloom.evaluation import measure as module
 from kvloom.evaluation.decoders import CacheDecoder, WindowDecoder, feed_prompt
 from kvloom.evaluation.measure import Measured, measure, percentile, perplexity
+from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Protocol
-from kvloom.evaluation.subjects import Recompute, parse
+from kvloom.evaluation.subjects import parse
 from kvloom.hf import load
 from tests.models import build, tokens
 

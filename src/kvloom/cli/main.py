@@ -15,8 +15,8 @@ from rich.table import Table
 
 from kvloom.cli._console import console, one_line_errors
 from kvloom.core import registry
+from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Protocol
-from kvloom.evaluation.subjects import Recompute
 
 app = typer.Typer(
     no_args_is_help=True,

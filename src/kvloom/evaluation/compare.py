@@ -16,8 +16,9 @@ from kvloom.core.recipe import Recipe
 from kvloom.evaluation import disjoint, identity, measure, needles, texts
 from kvloom.evaluation.decoders import decoder_for
 from kvloom.evaluation.ledger import Ledger
+from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Protocol, Row
-from kvloom.evaluation.subjects import Cell, Recompute
+from kvloom.evaluation.subjects import Cell
 from kvloom.hf import load
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

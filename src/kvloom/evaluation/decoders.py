@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvloom.core.budget import Budget
+from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Counts
-from kvloom.evaluation.subjects import Recompute, Subject
+from kvloom.evaluation.subjects import Subject
 from kvloom.hf import load
 from kvloom.hf.cache import CompressedCache
 from kvloom.hf.layer import CompressedLayer

@@ -37,8 +37,9 @@ from kvloom.evaluation.decoders import (
     final,
     forget_device_peak,
 )
+from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Bytes, Counts, Protocol, Quality, Series, Timing
-from kvloom.evaluation.subjects import Recompute, Subject
+from kvloom.evaluation.subjects import Subject
 
 BLOCK = 64  # tokens
 TURNS = 4  # tokens fed to the measured cache for each that is fed alone to the full one

@@ -14,30 +14,7 @@ from kvloom.core.budget import Budget
 from kvloom.core.policy import Policy
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import results
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """The baseline without a cache: `recompute(window=1020, positions=500)`.
-
-    Attributes:
-        window: tokens that each forward sees. positions: how many evenly spaced positions of the
-            document's decoded part are scored and timed; 0: none is scored, and the last 100
-            tokens are timed.
-    """
-
-    window: int
-    positions: int = 500
-
-    def __post_init__(self) -> None:
-        for name, least in (("window", 1), ("positions", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{self}: {name} must be an int of at least {least}")
-
-    def __str__(self) -> str:
-        return f"recompute(window={self.window!r}, positions={self.positions!r})"
-
+from kvloom.evaluation.recompute import Recompute
 
 Subject = Recipe | Recompute
 
