@@ -350,7 +350,7 @@ def test_freed_memory_is_free(name):
         assert held == {"scales": 4 * 4}
     want = 8 * (layout.page_nbytes() - ids - most)
     want += sum(held[n] * sets[n] for n in sets)
-    assert nbytes(model.pool, "codes") == want
+    assert nbytes(model.pool, "codes") == want <= 8 * layout.page_nbytes(scattered=True)
 
 
 def test_shared_scales_keep_whole_tiles():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvloom import CompressedCache
+from kvloom.core.policy import Scorer
+from kvloom.core.recipe import Recipe
+from kvloom.core.schedule import Lazy
 from kvloom.core.store import LayerStore
 from kvloom.core.view import entries_of
 from tests.contract.modes import beams, sequences
@@ -175,3 +180,26 @@ def test_a_share_is_kept_in_a_batch_of_unequal_rows(fmt):
         dense = ids.shape[0] * b * cache.layers[0].store.plan.cost.dense_slot * 3 * 2
         if b >= 500:  # below, a share is less than the floor
             assert cache.nbytes <= share * dense, (b, cache.nbytes / dense)
+
+
+@dataclass(frozen=True)
+class EveryOther(Scorer):
+    """One tile of every page, so that compaction puts tiles of different pages together."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"positions"})
+
+    def score(self, entries):
+        return (entries.positions // 32 % 2).float() - entries.positions / 1e5
+
+
+def test_the_ceiling_counts_the_scales_of_scattered_tiles(long_model):
+    """Tiles that stay bring the scale sets of their pages along."""
+    fmt = Recipe.parse("int2(keys='channel', values='channel')").format
+    recipe = Recipe.of(EveryOther(), Lazy(every=8), fmt)
+    cache = CompressedCache(long_model, recipe, "5900tok")
+    for chunk in tokens(12000).split(400, 1):
+        long_model(chunk, past_key_values=cache)
+        assert cache.nbytes <= cache.ceiling()
+    pool = cache.layers[0].store.pool
+    sets = sum(slab.n_sets["scales"] for slab in pool.slabs)
+    assert sets > 1.3 * int(pool.pages.sum())

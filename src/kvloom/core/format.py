@@ -61,8 +61,8 @@ class Layout:
         slot: fields of every slot. tile: fields of every tile of 32 slots.
         sets: families of sets, each with its fields; a tile refers to one set of each family, or to
             none (-1).
-        per_tile: families of which a tile shares its set with no other. A page has at most one set
-            of any other family.
+        per_tile: families of which a tile shares its set with no other. A page that is sealed has
+            at most one set of any other family.
     """
 
     slot: dict[str, Field] = field(default_factory=dict)
@@ -74,12 +74,15 @@ class Layout:
         """How many sets of a family a page may have."""
         return TILES if family in self.per_tile else 1
 
-    def page_nbytes(self) -> int:
-        """Bytes of one page with all the sets that it may have to itself (set ids included)."""
+    def page_nbytes(self, scattered: bool = False) -> int:
+        """Bytes of one page with all the sets that it may have to itself (set ids included).
+
+        `scattered`: its tiles come from different pages, as after eviction, and share no sets.
+        """
         slots = PAGE * sum(f.nbytes for f in self.slot.values())
         tiles = TILES * sum(f.nbytes for f in self.tile.values())
         sets = sum(
-            self.most_sets(family) * f.nbytes
+            (TILES if scattered else self.most_sets(family)) * f.nbytes
             for family, fields in self.sets.items()
             for f in fields.values()
         )

@@ -199,7 +199,7 @@ class LayerPlan:
             residual=self.format.residual,
             exact_slot=width * size + meta,
             centroid_slot=width * CENTROID_DTYPE.itemsize + 2 * 4,
-            page=self.layout.page_nbytes(),
+            page=self.layout.page_nbytes(scattered=self.evicts),
             page_meta=PAGE * (page_meta + alive),
             overhead=24 * torch.int64.itemsize
             + math.ceil(self.memory_nbytes)
