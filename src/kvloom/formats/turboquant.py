@@ -1,0 +1,114 @@
+"""TurboQuant, the variant for mean squared error (arXiv:2504.19874).
+
+    u = R x / |x|,    code_c = the cell of sqrt(d) u_c,    x ~ |x| R' q / |q|,    q_c = level[code_c]
+
+A random rotation R makes every coordinate of a unit vector nearly N(0, 1/d), whatever the vector, so
+that one codebook fits all of them: the Lloyd-Max quantizer of the normal distribution.
+
+Deviations:
+- No second stage: the paper's other variant spends a bit on the residual's signs (QJL), which makes dot
+  products unbiased but noisier, and noise is what attention suffers from.
+- R is a randomised Hadamard rotation, drawn per layer and KV head, and both keys and values are rotated.
+- The levels are those of N(0, 1), the limit for wide heads, instead of each width's own marginal.
+- The decoded vector has the norm of the original: |x| / |q| is stored, an fp16 number per token in place
+  of the norm, so that decoding is a look-up and one product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvloom.core.format import Encoded, Field, Layout, PageBatch, Part, Stored
+from kvloom.core.policy import check
+from kvloom.formats._grid import LIMIT, cast
+from kvloom.formats._rotated import Rotated
+from kvloom.kernels.layout import TILE, Codes, Planes, tile_nbytes
+
+BITS = (4, 3, 2)
+
+
+@cache
+def levels(bits: int, device: torch.device) -> Tensor:
+    """Ascending fp32 `[2^bits]`: each the mean of the standard normal over its cell, and each border
+    of two cells halfway between their levels.
+    """
+    inner = torch.linspace(0, 1, (1 << bits) + 1, dtype=torch.float64)[1:-1]
+    border = torch.special.ndtri(inner) * 3**0.5  # dense as the density's cube root: nearly right
+    end = torch.tensor([torch.inf], dtype=torch.float64)
+    for _ in range(500):
+        edge = torch.cat([-end, border, end])
+        density = torch.exp(-edge * edge / 2) / (2 * torch.pi) ** 0.5
+        level = -density.diff() / torch.special.ndtr(edge).diff()
+        border = (level[1:] + level[:-1]) / 2
+    found: Tensor = level.float().to(device)
+    return found
+
+
+@dataclass(frozen=True)
+class TurboquantMSE(Rotated):
+    """Rotated unit vectors on a fixed codebook, with one fp16 number per token.
+
+    Attributes:
+        bits: of a key's code, 4, 3 or 2. value_bits: of a value's, if others.
+        seed: of the rotation's signs.
+    """
+
+    bits: int = 4
+    value_bits: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, self.bits in BITS, f"bits is one of {BITS}")
+        check(self, self.value_bits in (None, *BITS), f"value_bits is one of {BITS}")
+        check(self, type(self.seed) is int and self.seed >= 0, "seed is an int >= 0")
+
+    @property
+    def rotated(self) -> tuple[Part, ...]:
+        return ("key", "value")
+
+    def _codes(self, key_dim: int, value_dim: int) -> tuple[Codes, Codes]:
+        value_bits = self.bits if self.value_bits is None else self.value_bits
+        return Codes("key", self.bits, key_dim), Codes("value", value_bits, value_dim)
+
+    def layout(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> Layout:
+        tile = {}
+        for codes in self._codes(key_dim, value_dim):
+            part, nbytes = codes.part, tile_nbytes(codes.width, codes.bits)
+            tile[f"{part}_codes"] = Field((nbytes,), torch.uint8, part, codes)
+            tile[f"{part}_scale"] = Field((1, TILE), torch.float16, part, Planes(), metadata=True)
+        return Layout(tile=tile)
+
+    def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
+        codes, tile = self._codes(batch.keys.shape[2], batch.values.shape[2]), {}
+        for codec, x in zip(codes, self.in_basis(batch), strict=True):
+            tile.update(_encode(codec, x.unflatten(1, (-1, TILE))))
+        return Encoded(tile=tile)
+
+    def read(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        keys, values = self._codes(stored.key_dim, stored.value_dim)
+        return cast(_decode(keys, stored), dtype), cast(_decode(values, stored), dtype)
+
+
+def _encode(codec: Codes, x: Tensor) -> dict[str, Tensor]:
+    """Tile fields of rotated fp32 `[N, 2, 32, W]`."""
+    level = levels(codec.bits, x.device)
+    norm = x.norm(dim=-1, keepdim=True)
+    coordinate = x * (x.shape[-1] ** 0.5 / norm.clamp_min(torch.finfo(torch.float32).tiny))
+    codes = torch.bucketize(coordinate, (level[1:] + level[:-1]) / 2)
+    scale = (norm / level[codes].norm(dim=-1, keepdim=True)).clamp_max(LIMIT)
+    return {
+        f"{codec.part}_codes": codec.pack(codes),
+        f"{codec.part}_scale": scale.to(torch.float16).transpose(2, 3),
+    }
+
+
+def _decode(codec: Codes, stored: Stored) -> Tensor:
+    """fp32 `[..., T * 32, width]`, in the rotated basis."""
+    level = levels(codec.bits, stored.tile[f"{codec.part}_codes"].device)
+    codes = codec.unpack(stored.tile[f"{codec.part}_codes"])
+    scale = stored.tile[f"{codec.part}_scale"].transpose(-1, -2)
+    return level[codes.int()].mul_(scale.float()).flatten(-3, -2)
