@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help demo test test-all test-oldest peers docs lint types format clean
 
 help:
-	@echo 'make demo         compares a few recipes on the bundled model (a minute), ends with a figure'
+	@echo 'make demo         compares a few recipes on the bundled model (1 to 3 minutes); ends with a figure'
 	@echo 'make test         the tests (a few minutes on 2 cores)'
 	@echo 'make test-all     the full product of families, modes, policies and formats (half an'
 	@echo '                  hour on 2 cores); SHARD=i/n runs part i of n, on as many machines'

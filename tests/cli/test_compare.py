@@ -65,6 +65,19 @@ def test_ctrl_c_keeps_finished_rows_and_says_how_to_go_on(
     assert "1 of 2 rows were measured before" in kvloom(*args).output
 
 
+def test_ctrl_c_before_any_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "prepare", stop)
+    result = kvloom("compare", *SMALL, "--out", str(tmp_path / "out"))
+    assert (result.exit_code, result.stderr) == (130, "interrupted; nothing was finished yet\n")
+    monkeypatch.setattr(command, "run", stop)  # as while transformers is imported
+    result = kvloom("compare", *SMALL, "--out", str(tmp_path / "out"))
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_demo_uses_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = command.demo_recipes()
     cells = cells_of(recipes, command.DEMO_BUDGETS)
@@ -123,7 +136,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / NAME).write_text('{"ppl": 3}\n')
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
     out = () if "--out" in args else ("--out", str(tmp_path / "out"))
     given = [a.replace("{tmp}", str(tmp_path)) for a in args]
     result = kvloom("compare", *SMALL, *out, *given)
@@ -131,7 +144,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
     assert result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
 
 
 # -- generate ------------------------------------------------------------------------------------

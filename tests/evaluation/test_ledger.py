@@ -93,10 +93,19 @@ def test_a_foreign_file_is_refused_and_kept(
         assert os.listdir(tmp_path) == [NAME]
 
 
+def test_a_folder_is_made_with_the_first_row(tmp_path: Path, row: Row) -> None:
+    ledger = Ledger(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    ledger.append(row)
+    assert Ledger(tmp_path / "a" / "b").rows == {row.key: row}
+
+
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
     with pytest.raises(OSError, match=r"cannot write results to .*file"):
         Ledger(tmp_path / "file")
+    with pytest.raises(OSError, match=r"cannot write results to .*file.below"):
+        Ledger(tmp_path / "file" / "below")
     assert (tmp_path / "file").read_text() == "here"
 
 

@@ -1,1 +1,1 @@
-"""The command line: `kvloom demo | list | show`."""
+"""The command line: `kvloom --help` lists the commands."""

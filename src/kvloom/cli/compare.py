@@ -16,7 +16,7 @@ import typer
 from rich import progress as bars
 from rich.console import Console
 
-from kvloom.cli._console import console
+from kvloom.cli._console import INTERRUPTED, console
 from kvloom.core import registry
 from kvloom.evaluation import compare, figures, table
 from kvloom.evaluation.ledger import Ledger
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from kvloom.evaluation.results import Row
     from kvloom.evaluation.subjects import Cell
 
-INTERRUPTED = 130
 # The demo takes what is there, in this order, so that it shows the best known methods.
 FAVOURITES = ("streaming_llm", "snapkv", "h2o", "tova", "knorm")
 DEMO_SCORERS = 3
@@ -86,11 +85,9 @@ def run(options: Options) -> None:
         with _Bars() as progress:
             rows = compare.run(bench, cells, ledger, progress)
     except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; what was finished is in {ledger.path}, and the same command goes on from "
-            "there",
-            err=True,
-        )
+        done = f"what was finished is in {ledger.path}, and the same command goes on from there"
+        nothing = "nothing was finished yet"
+        typer.echo(f"interrupted; {done if ledger.path.exists() else nothing}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     finally:
         torch.set_num_threads(threads)

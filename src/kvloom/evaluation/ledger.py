@@ -66,6 +66,7 @@ class Ledger:
         Raises OSError if not all of it could be written (it then counts as torn).
         """
         line = row.to_json().encode() + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = not self.path.exists()
         handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -85,9 +86,11 @@ class Ledger:
 
 def _check_writable(path: Path) -> None:
     """Raise OSError, naming the folder, if rows cannot be appended to `path`."""
+    folder = next(
+        p for p in path.parents if p.exists()
+    )  # what is missing is made with the first row
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.parent / f".{path.name}.{os.getpid()}"
+        probe = folder / f".{path.name}.{os.getpid()}"
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o644))
         probe.unlink()
         if path.exists():
