@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,72 @@ def test_the_document_is_drawn_at_one_budget() -> None:
     assert lines(figure, 1)["h2o"] == ([41, 42], [900 / 1024, 1000 / 1024])
     assert lines(figure, 2)["h2o"] == ([41, 42], [2.0, 2.0])
     assert "50%" in figure.get_suptitle()
+
+
+def test_a_document_of_many_recipes_shows_both_kinds_and_says_how_many() -> None:
+    free = [one("none"), *(one(f"fixed{i}") for i in range(9))]
+    for held, shown in ((1, 1), (3, 3), (9, 4)):
+        figure = figures.over_document([*free, *(one(f"h{i}", "25%") for i in range(held))])
+        drawn = lines(figure, 0)
+        assert len(drawn) == figures.LINES and "none (full cache)" in drawn
+        assert sum(name.startswith("h") for name in drawn) == shown
+        assert f"({figures.LINES} of {10 + held} recipes)" in figure.get_suptitle()
+    many = figures.over_document([one("none"), *(one(f"h{i}", "25%") for i in range(12))])
+    assert len(lines(many, 0)) == figures.LINES and "8 of 13" in many.get_suptitle()
+    assert "recipes)" not in figures.over_document(ROWS).get_suptitle()
+
+
+@pytest.mark.parametrize(
+    ("most", "unit", "marks"),
+    [
+        (700 * 1024, "KiB", ["0", "128", "256", "384", "512", "640"]),
+        (2.4 * 2**20, "MiB", ["0", "0.5", "1", "1.5", "2", "2.5"]),
+        (300, "B", ["0", "64", "128", "192", "256"]),
+    ],
+)
+def test_bytes_are_marked_at_binary_steps_of_one_unit(
+    most: float, unit: str, marks: list[str]
+) -> None:
+    rows = [changed(one("none"), series={"nbytes": [1, int(most)]})]
+    figure = figures.over_document(rows)
+    figure.draw_without_rendering()
+    axes = figure.axes[1]
+    shown = [
+        t.get_text()
+        for t in axes.get_yticklabels()
+        if 0 <= t.get_position()[1] * 1024 <= 1.05 * most
+    ]
+    assert (axes.get_ylabel(), shown) == (f"{unit} of the cache", marks)
+
+
+def test_one_slow_token_does_not_rule_the_times() -> None:
+    n = 60
+    times = {"seen": list(range(n)), "entries": [1.0] * n, "nbytes": [1] * n}
+    slow = {**times, "seconds": [0.002] * (n - 2) + [5.0, 5.0]}
+    rows = [changed(one(name), series=slow) for name in ("none", "a", "b")]
+    assert figures.over_document(rows).axes[2].get_ylim() == (0, pytest.approx(3.0))
+
+
+def test_lines_of_equal_height_have_different_dashes() -> None:
+    figure = figures.over_document([one("none"), one("a"), one("b"), one("c")])
+    styles = {str(line._dash_pattern) for line in figure.axes[0].lines}
+    assert len(styles) == 4
+
+
+def test_a_collapse_does_not_flatten_the_others() -> None:
+    def scale(perplexity: float) -> str:
+        rows = [*ROWS, one("bad", "25%", 512.0, quality={"decode_perplexity": perplexity})]
+        return str(figures.quality(rows).axes[0].get_yscale())
+
+    assert [scale(p) for p in (19.0, 2000.0)] == ["linear", "symlog"]
+
+
+def test_what_is_not_finite_is_shown_and_not_drawn(tmp_path: Path) -> None:
+    bad = {"decode_perplexity": math.inf, "kl": math.nan}
+    rows = [*ROWS, one("bad", "25%", 512.0, quality=bad)]
+    assert "bad" not in lines(figures.quality(rows), 0) and figures.draw(rows, tmp_path)
+    line = next(x.split() for x in shown(rows).splitlines() if "bad" in x.split())
+    assert "inf" in line and "+inf%" in line and "nan" in line
 
 
 def test_figures_are_png_files(tmp_path: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLocator
 
 from kvloom.evaluation import equal
 from kvloom.evaluation.results import Row
@@ -17,8 +18,17 @@ from kvloom.evaluation.results import Row
 # Okabe and Ito's colours, told apart by everybody; the full cache is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")
 MARKERS = "osD^vPX*"
+DASHES = (
+    "-",
+    (0, (6, 1.5)),
+    (0, (3, 1)),
+    (0, (1, 1)),
+    (0, (6, 1, 1, 1)),
+)  # 5: 40 looks with colours
 FULL = "none"
 LINES = 8  # the most recipes that one figure over the document shows
+UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
+COLLAPSE = 1.0  # a change of perplexity from which its axis turns logarithmic
 
 
 def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
@@ -35,14 +45,19 @@ def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
 
 
 def quality(rows: Sequence[Row]) -> Figure:
-    """Perplexity and KL against the full cache, and needle recall if measured, by mean bytes."""
+    """Perplexity and KL against the full cache, and needle recall if measured, by mean bytes.
+
+    What is no finite number is not drawn.
+    """
     recall = rows[0].protocol.needles > 0
     figure = Figure(figsize=(15 if recall else 10.5, 5), layout="constrained")
     panels = figure.subplots(1, 3 if recall else 2)
     for panel, measure in zip(panels, ("perplexity", "kl", "recall"), strict=False):
         _scatter(panel, rows, measure)
     panels[0].set_ylabel("perplexity against full cache (lower is better)")
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:+g}%"))
+    if max((v for r in rows if (v := _value(r, "perplexity")) is not None), default=0) > COLLAPSE:
+        panels[0].set_yscale("symlog", linthresh=0.1)
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:+,.10g}%"))
     panels[1].set_ylabel("KL to the full cache, nats (lower is better)")
     if recall:
         panels[2].set_ylabel("planted facts found (higher is better)")
@@ -57,18 +72,20 @@ def _value(row: Row, measure: str) -> float | None:
     q = row.quality
     if measure == "recall":
         return q.needles_right / q.needles if q.needles else None
-    if measure == "kl":  # on a logarithmic axis; a full cache's may be 0
-        return q.kl if q.kl and q.kl > 0 else None
-    return q.change  # against dense on the same tokens: a baseline is scored on some of them only
+    # against dense on the same tokens: a baseline is scored on some of them only
+    value = q.kl if measure == "kl" else q.change
+    if value is None or not math.isfinite(value):
+        return None
+    return None if measure == "kl" and value <= 0 else value  # its axis is logarithmic
 
 
 def _scatter(axes: Axes, rows: Sequence[Row], measure: str) -> None:
     """One line per recipe through its budgets; what keeps no cache is a horizontal line."""
     look = _looks(rows)
     for recipe, held in _by_recipe(rows).items():
-        values = [(r.bytes.mean / 1024, _value(r, measure)) for r in held]
+        values = [(r.bytes.compressed_mean / 1024, _value(r, measure)) for r in held]
         points = sorted((x, y) for x, y in values if y is not None)
-        colour, marker = look[recipe]
+        colour, marker, _ = look[recipe]
         if held[0].subject.baseline:
             for _, y in points:
                 axes.axhline(y, label=_name(recipe), ls=":", color=colour)
@@ -97,7 +114,8 @@ def _bytes_axis(axes: Axes, rows: Sequence[Row]) -> None:
     axes.xaxis.set_major_locator(LogLocator(base=2))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _size(x * 1024)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("bytes of the cache, mean over the decoded tokens")
+    part = " (compressed layers)" if any(r.bytes.other_mean for r in rows) else ""
+    axes.set_xlabel(f"bytes of the cache{part}, mean over the decoded tokens")
     low, high = axes.get_xlim()
     dense = rows[0].bytes.dense_mean / 1024
     ratios = [2.0**i for i in range(-8, 12) if low <= dense / 2.0**i <= high]
@@ -114,42 +132,63 @@ def _bytes_axis(axes: Axes, rows: Sequence[Row]) -> None:
 
 def over_document(rows: Sequence[Row]) -> Figure:
     """Entries kept, bytes and time per token while the document is read, at one budget."""
-    budget, shown = _one_budget(rows)
+    budget, shown, of = _one_budget(rows)
     look = _looks(rows)
     figure = Figure(figsize=(9, 9), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     for row in shown:
         s, recipe = row.series, row.subject.recipe
-        style: dict[str, Any] = {"color": look[recipe][0], "label": _name(recipe), "lw": 1.5}
-        if recipe == FULL:  # above the others, which may hold as many entries
-            style.update(ls="--", zorder=3)
+        colour, _, dashes = look[recipe]
+        style: dict[str, Any] = {"color": colour, "ls": dashes, "label": _name(recipe), "lw": 1.5}
+        style["zorder"] = 2 if dashes == "-" else 3  # lines of equal height show through the gaps
         panels[0].plot(s.seen, s.entries, **style)
         if not row.subject.baseline:
             panels[1].plot(s.seen, [n / 1024 for n in s.nbytes], **style)
         panels[2].plot(*_calm(s.seen, s.seconds), **style)
     panels[0].set_ylabel("entries per KV head")
-    panels[1].set_ylabel("bytes of the cache")
-    panels[1].yaxis.set_major_formatter(FuncFormatter(lambda y, _: _size(y * 1024)))
     panels[2].set_ylabel("time per token, ms (medians)")
     panels[2].set_xlabel("tokens seen")
     for panel in panels:
         panel.set_ylim(bottom=0)
         panel.grid(True, alpha=0.25)
+    _binary_axis(panels[1])
+    _usual_range(panels[2])
     _legend(figure, panels[0], 105)
     at = f" at a budget of {budget}" if budget else ""
-    figure.suptitle(f"Over the document{at}: {_setting(rows[0])}", fontsize=11)
+    part = f" ({len(shown)} of {of} recipes)" if len(shown) < of else ""
+    figure.suptitle(f"Over the document{at}{part}: {_setting(rows[0])}", fontsize=11)
     return figure
 
 
-def _one_budget(rows: Sequence[Row]) -> tuple[str | None, list[Row]]:
-    """Rows without a budget, and those of the budget that most rows have (the last of equals)."""
+def _one_budget(rows: Sequence[Row]) -> tuple[str | None, list[Row], int]:
+    """Rows without a budget, and those of the budget that most rows have (the last of equals).
+
+    Then how many these were: at most `LINES` are given, from both kinds.
+    """
     grouped = equal.groups(rows)
     free = grouped.pop(None, [])
     if not grouped:
-        return None, free[:LINES]
+        return None, free[:LINES], len(free)
     most = max(len(held) for held in grouped.values())
     budget = [b for b, held in grouped.items() if len(held) == most][-1]
-    return budget, [*free, *grouped[budget]][:LINES]
+    room = max(LINES // 2, LINES - len(free))  # for rows of the budget
+    shown = [*free[: max(LINES - most, LINES - room)], *grouped[budget][:room]]
+    return budget, shown, len(free) + most
+
+
+def _binary_axis(axes: Axes) -> None:
+    """KiB on the y axis, marked at whole powers of two times a few, all in one unit."""
+    top = axes.get_ylim()[1]
+    axes.yaxis.set_major_locator(MultipleLocator(2.0 ** math.ceil(math.log2(top / 8))))
+    unit, size = _unit(top * 1024)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y * 1024 / size:g}"))
+    axes.set_ylabel(f"{unit} of the cache")
+
+
+def _usual_range(axes: Axes) -> None:
+    """Cut single spikes off: the top is 1.5 times what 95 % of the drawn values stay below."""
+    drawn: list[float] = sorted(y for x in axes.lines for y in cast(list[float], x.get_ydata()))
+    axes.set_ylim(0, min(axes.get_ylim()[1], 1.5 * drawn[math.ceil(0.95 * len(drawn)) - 1]))
 
 
 def _calm(seen: list[int], seconds: list[float]) -> tuple[list[int], list[float]]:
@@ -182,11 +221,14 @@ def _by_recipe(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Recipe -> colour and marker, the same in every figure of a comparison."""
+def _looks(rows: Sequence[Row]) -> dict[str, tuple[str, str, Any]]:
+    """Recipe -> colour, marker and dashes, the same in every figure of a comparison."""
     recipes = [r for r in _by_recipe(rows) if r != FULL]
-    looks = {r: (COLOURS[i % 8], MARKERS[(i + i // 8) % 8]) for i, r in enumerate(recipes)}
-    return {FULL: ("black", "*"), **looks}
+    looks = {
+        r: (COLOURS[i % 8], MARKERS[(i + i // 8) % 8], DASHES[i % len(DASHES)])
+        for i, r in enumerate(recipes)
+    }
+    return {FULL: ("black", "*", (0, (2, 2))), **looks}
 
 
 def _name(recipe: str) -> str:
@@ -203,7 +245,9 @@ def _setting(row: Row) -> str:
 
 
 def _size(n: float) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if n >= size:
-            return f"{n / size:g} {unit}"
-    return f"{n:g} B"
+    unit, size = _unit(n)
+    return f"{n / size:g} {unit}"
+
+
+def _unit(n: float) -> tuple[str, int]:
+    return next(((unit, size) for unit, size in UNITS if n >= size), UNITS[-1])
