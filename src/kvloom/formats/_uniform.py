@@ -62,10 +62,10 @@ class Uniform(Gridded, ABC):
     """Integer codes with fp16 scales.
 
     Attributes:
-        value_bits: bits of the values, if other than those of the keys: `int8(value_bits=4)` is
-            what is called K8V4.
-        keys, values: `"token"` or `"channel"`: what has a scale of its own. Per token, survivors of
-            eviction move; per channel, `group` tokens share scales and go or stay by tiles of 32.
+        value_bits: bits of a value's code, if other than a key's.
+        keys: `"token"` or `"channel"`: what has a scale of its own. Per token, survivors of eviction
+            move; per channel, `group` tokens share scales and go or stay by tiles of 32.
+        values: likewise.
         symmetric: scales without zero points.
         group: tokens that share a channel's scale, 32 or 64.
         channels: channels that share a token's scale, a multiple of 32, which is how many channels
