@@ -42,6 +42,7 @@ class Stream:
     room: int = 4
     groups: int = 0
     reset: int = 0
+    clip: bool = True
     e: list = field(default_factory=list)
     updates: int = 0
     found: list = field(default_factory=list)  # outlier channels of each chunk
@@ -63,13 +64,14 @@ class Stream:
         self.e = [F(self.decay) * before[c] + F(1 - self.decay) * a[c] for c in range(width)]
         self.updates += 1
         self.found.append(sorted(outliers))
+        peak = self.e if self.clip else [max(self.e[c], a[c]) for c in range(width)]
         out = np.zeros_like(tokens)
         for c in range(width):
             if c in outliers and self.outlier_bits == 16:
                 out[:, c] = [half(x) for x in tokens[:, c]]
                 continue
             bits = self.outlier_bits if c in outliers else self.bits
-            s = scale_of(a[c] if c in outliers else self.shared(c, outliers), bits)
+            s = scale_of(a[c] if c in outliers else self.shared(peak, c, outliers), bits)
             out[:, c] = [quantized(x, s, bits) for x in tokens[:, c]]
         return out
 
@@ -86,11 +88,11 @@ class Stream:
                 over[c] = max(over.get(c, F(0)), a[c] / F(self.absolute))
         return sorted(over, key=lambda c: (-over[c], c))[: self.room]
 
-    def shared(self, c: int, outliers: list[int]) -> np.float32:
+    def shared(self, peak: list, c: int, outliers: list[int]) -> np.float32:
         """The absmax that channel c has its scale from."""
         if not self.groups:
-            return self.e[c]
-        size = len(self.e) // self.groups
+            return peak[c]
+        size = len(peak) // self.groups
         first = c // size * size
-        others = [self.e[i] for i in range(first, first + size) if i not in outliers]
+        others = [peak[i] for i in range(first, first + size) if i not in outliers]
         return max(others, default=F(0))

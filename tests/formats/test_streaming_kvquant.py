@@ -40,7 +40,7 @@ def oracles(fmt):
     shared = {
         f.name: getattr(fmt, f.name)
         for f in dataclasses.fields(Stream)
-        if f.name in ("chunk", "decay", "relative", "absolute", "detect", "room", "reset")
+        if f.name in ("chunk", "decay", "relative", "absolute", "detect", "room", "reset", "clip")
     }
     shared["detect"] = fmt.detect and fmt.mixed_precision
     keys = Stream(fmt.key_bits, fmt.key_outlier_bits, groups=0 if fmt.key_per_channel else 1, **shared)  # fmt: skip
@@ -65,6 +65,8 @@ PLAIN = "streaming_kvquant(chunk=128)"
         "streaming_kvquant(chunk=128, value_groups=3, relative=1.5)",
         "streaming_kvquant(chunk=128, value_groups=1, key_per_channel=False)",
         "streaming_kvquant(chunk=64, reset=3)",
+        "streaming_kvquant(chunk=128, clip=False)",
+        "streaming_kvquant(chunk=128, clip=False, value_groups=2, detect=False)",
     ],
 )
 def test_reads_what_naive_loops_read(text):
@@ -159,6 +161,8 @@ def test_a_rising_channel_is_clipped_where_the_moving_absmax_is():
     e = 0.9 + 0.1 * 2
     assert got.max() == pytest.approx(e, rel=1e-3)
     assert got.min() == pytest.approx(-e * 8 / 7, rel=1e-3)  # there is one more negative code
+    _, got = read_keys("streaming_kvquant(clip=False)", [keys, 2 * keys])
+    assert (got - 2 * keys).abs().max() <= 2 / 14 * 1.01
 
 
 def test_more_outliers_than_room():

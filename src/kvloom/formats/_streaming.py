@@ -36,7 +36,7 @@ def check_parameters(fmt: Any) -> None:
         value = getattr(fmt, name)
         check(fmt, type(value) is int and value >= least, f"{name} is an int >= {least}")
     check(fmt, fmt.rope in ("pre", "post", "pair"), "rope is 'pre', 'post' or 'pair'")
-    for name in ("detect", "key_per_channel", "mixed_precision", "adaptive"):
+    for name in ("detect", "key_per_channel", "mixed_precision", "adaptive", "clip"):
         check(fmt, type(getattr(fmt, name)) is bool, f"{name} is True or False")
 
 
@@ -102,6 +102,7 @@ class Rule:
         pages: at most in one chunk. adaptive: a chunk also ends before a page that has a channel
             above `relative` times what the chunk has seen so far.
         decay, relative, absolute: see above. reset: after how many chunks e starts over; 0: never.
+        clip: whether scales are made of e alone, or of the larger of e and a.
     """
 
     pages: int
@@ -110,6 +111,7 @@ class Rule:
     reset: int
     relative: float
     absolute: float | None
+    clip: bool
 
     def chunks(self, batch: PageBatch, peaks: Tensor) -> Chunks:
         """The batch's pages in chunks; `peaks [N, W]` are those of keys and values together."""
@@ -119,7 +121,8 @@ class Rule:
     def follow(
         self, e: Tensor, updates: Tensor, a: Tensor, chunks: Chunks
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`e [rows, heads, W]` after all chunks; and before and after each of them, `[M, W]`.
+        """`e [rows, heads, W]` after all chunks; and for each of them, `[M, W]`, e before it and what its
+        scales are made of.
 
         `a [M, W]`: absmax of the chunks; `updates [rows, heads]`: how many there were before.
         """
@@ -132,7 +135,7 @@ class Rule:
             before[at] = torch.where(fresh[:, None], a[at], e[row, head])
             after[at] = e[row, head] = self.decay * before[at] + (1 - self.decay) * a[at]
             turn += 1
-        return e, before, after
+        return e, before, after if self.clip else torch.maximum(after, a)
 
     def severity(self, a: Tensor, before: Tensor) -> Tensor:
         """How far each channel is above its threshold, `[M, W]`; outliers are above 1."""

@@ -8,7 +8,8 @@ KVQuant's axes (arXiv:2401.18079: keys before rotation) and no calibration; chun
 Deviations: the current forward sees itself exactly, then its full pages of 64 form chunks; a page
 sealed while decoding is one. Statistics are of one (row, KV head). Sinks stay exact, not 8-bit. An
 outlier channel's plane is scaled by its own absmax: e, which has only begun to rise, would clip
-a = 3 e at 0.4 a. Other rising channels are clipped by up to that much, as moving scales are.
+a = 3 e at 0.4 a. Other rising channels are clipped by up to that much, as moving scales are; that
+costs more than rounding does, and `clip=False`, ours, takes the larger of e and a.
 
 `rope="pair"` stores keys after rotation; both channels of a rotary pair get the scale of its radius,
 max sqrt(x_i^2 + x_j^2), which turning leaves alone. r^2 <= a_i^2 + a_j^2, so that the pair's squared
@@ -51,6 +52,7 @@ class StreamingKVQuant(PageFormat):
             times its absmax in the chunk so far, so that the new level has scales of its own.
         reset: `stat_reset_interval` if `periodic_stat_reset`: every so many chunks e starts over
             with that chunk's absmax; 0: never.
+        clip: scales are made of e, as published; False: of the larger of e and a.
     """
 
     key_bits: int = 4
@@ -70,6 +72,7 @@ class StreamingKVQuant(PageFormat):
     mixed_precision: bool = True
     adaptive: bool = False
     reset: int = 0
+    clip: bool = True
 
     movable = False
 
@@ -105,7 +108,7 @@ class StreamingKVQuant(PageFormat):
 
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         pages, most = self.chunk // PAGE, (self.relative, self.absolute)
-        rule = _streaming.Rule(pages, self.adaptive, self.decay, self.reset, *most)
+        rule = _streaming.Rule(pages, self.adaptive, self.decay, self.reset, *most, self.clip)
         return _streaming_pages.encode(self._parts, rule, batch, statistics)
 
     def outlier_counts(self, stored: Stored) -> Tensor | None:
