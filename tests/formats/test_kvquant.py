@@ -326,6 +326,21 @@ def test_calibrated_pages_survive_eviction_and_compaction(tmp_path, share):
     model.check()
 
 
+@pytest.mark.parametrize("share", [0, 0.01])
+def test_eviction_keeps_as_many_as_it_may_only_where_entries_move(tmp_path, share):
+    path = saved(tmp_path / "c.safetensors", layers=3, heads=2, width=16, share=share)
+    model, ids = build("llama"), torch.arange(2, 82).repeat(3)[None]
+    cache = CompressedCache(
+        model, f"h2o | kvquant(outliers={share}, calibration={path!r})", "150tok"
+    )
+    with torch.inference_mode():
+        for chunk in ids.split(60, 1):
+            model(chunk, past_key_values=cache)
+            assert cache.nbytes <= cache.ceiling()
+    kept = torch.stack([layer.store.stored for layer in cache.compressed])
+    assert (kept == 150).all() if not share else ((kept >= 150 - 31) & (kept <= 150)).all()
+
+
 def test_heads_have_their_own_ranges(tmp_path):
     """A batch of pages of both heads equals the heads one by one."""
     fmt = KVQuant(4, 0.01, saved(tmp_path / "c.safetensors"))
