@@ -8,8 +8,8 @@ KVQuant's axes (arXiv:2401.18079: keys before rotation) and no calibration; chun
 Deviations: the current forward sees itself exactly, then its full pages of 64 form chunks; a page
 sealed while decoding is one. Statistics are of one (row, KV head). Sinks stay exact, not 8-bit. An
 outlier channel's plane is scaled by its own absmax: e, which has only begun to rise, would clip
-a = 3 e at 0.4 a. Other rising channels are clipped by up to that much, as moving scales are; that
-costs more than rounding does, and `clip=False`, ours, takes the larger of e and a.
+a = 3 e at 0.4 a. Other rising channels are clipped by up to that much, as moving scales are: at 8
+bits that is nearly all of the error, and `clip=False`, ours, takes the larger of e and a.
 
 `rope="pair"` stores keys after rotation; both channels of a rotary pair get the scale of its radius,
 max sqrt(x_i^2 + x_j^2), which turning leaves alone. r^2 <= a_i^2 + a_j^2, so that the pair's squared
