@@ -23,63 +23,50 @@ from kvloom.core.format import Place
 CPU = torch.device("cpu")
 
 
+@cache
+def matrix(width: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Tensor:
+    """M, orthonormal `[width, width]`; one for all caches of a process."""
+    blocks, rest = [], width
+    while rest:
+        order = rest if _exists(rest) else 1 << (rest.bit_length() - 1)
+        blocks.append(_hadamard(order) / math.sqrt(order))
+        rest -= order
+    made: Tensor = torch.block_diag(*blocks)
+    return made.to(device, dtype)
+
+
 def transform(x: Tensor, back: bool = False) -> Tensor:
-    """`x [..., W] @ M`, or `x @ M.T`, by additions in an order that depends on nothing but W.
+    """`x [..., W] @ M`, or `x @ M.T`, in fp64, rounded to fp32.
 
-    A matrix product is free to add up differently for other batches, and codes would follow.
+    A product in fp32 may add up in another order for other batches, and codes would follow.
     """
-    parts = x.split(_orders(x.shape[-1]), -1)
-    return torch.cat([_block(part, back) for part in parts], -1)
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # which MPS does not have
+    m = matrix(x.shape[-1], x.device, dtype)
+    return (x.to(dtype) @ (m.T if back else m)).float()
 
 
-@cache
-def matrix(width: int, device: torch.device = CPU) -> Tensor:
-    """M, fp32 `[width, width]`; one for all caches of a process."""
-    return transform(torch.eye(width)).to(device)
+def _exists(order: int) -> bool:
+    return any(order % base == 0 and (order // base).bit_count() == 1 for base in (1, 12, 20))
 
 
-@cache
-def _orders(width: int) -> list[int]:
-    """Orders of the blocks that make up a width."""
-    orders = []
-    while width:
-        orders.append(width if _base(width) else 1 << (width.bit_length() - 1))
-        width -= orders[-1]
-    return orders
+def _hadamard(order: int) -> Tensor:
+    if order in (12, 20):
+        return _paley(order - 1)
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), _hadamard(order // 2))
 
 
-def _base(order: int) -> int:
-    """1, 12 or 20 if `order` is that times a power of two, else 0."""
-    return next((b for b in (12, 20, 1) if order % b == 0 and (order // b).bit_count() == 1), 0)
-
-
-def _block(x: Tensor, back: bool) -> Tensor:
-    """A whole matrix, the Kronecker product of 2 x 2 ones and one of order 1, 12 or 20."""
-    order = x.shape[-1]
-    base = _base(order)
-    x = x.unflatten(-1, (order // base, base))
-    if base > 1:
-        rows = _paley(base - 1).T if back else _paley(base - 1)
-        x = torch.stack([x[..., i, None] * rows[i].to(x.device) for i in range(base)]).sum(0)
-    half = order // base
-    while half > 1:
-        half //= 2
-        a, b = x.unflatten(-2, (-1, 2, half)).unbind(-3)
-        x = torch.stack([a + b, a - b], -3).flatten(-4, -2)
-    return x.flatten(-2) / math.sqrt(order)
-
-
-@cache
 def _paley(q: int) -> Tensor:
-    """The Hadamard matrix of order q + 1 for a prime q = 3 mod 4: fp32, of +1 and -1."""
+    """The Hadamard matrix of order q + 1 for a prime q = 3 mod 4."""
     squares = {i * i % q for i in range(1, q)}
     rows = [
         [0 if i == j else 1 if (i - j) % q in squares else -1 for j in range(q)] for i in range(q)
     ]
-    skew = torch.zeros(q + 1, q + 1)
+    skew = torch.zeros(q + 1, q + 1, dtype=torch.float64)
     skew[0, 1:], skew[1:, 0] = 1, -1
     skew[1:, 1:] = torch.tensor(rows)
-    return skew + torch.eye(q + 1)
+    return skew + torch.eye(q + 1, dtype=torch.float64)
 
 
 def signs(place: Place, width: int, seed: int, device: torch.device) -> Tensor:
