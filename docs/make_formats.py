@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,7 +34,9 @@ FAMILIES = {
 
 
 def rows(folder: str) -> list[Row]:
-    """The last measured row of every recipe, in the order of measuring."""
+    """The last measured row of every recipe, in the order of measuring; none if nothing was."""
+    if not (RESULTS / folder).exists():
+        return []
     by_recipe = {row.subject.recipe: row for row in Ledger(RESULTS / folder).rows.values()}
     return list(by_recipe.values())
 
@@ -48,8 +51,6 @@ def page_bits(row: Row) -> tuple[float, float]:
     fmt = Recipe.parse(row.subject.recipe).format
     if fmt is None:
         return 16.0, 16.0
-    import torch
-
     width = row.model.head_dim
     layout = fmt.layout(width, width, torch.float16)
     return layout.bits("key", width), layout.bits("value", width)
@@ -57,6 +58,8 @@ def page_bits(row: Row) -> tuple[float, float]:
 
 def table(found: list[Row]) -> str:
     """Markdown."""
+    if not found:
+        return "Not measured yet."
     lines = [
         "| recipe | bits of a page, key / value | bits held, key / value | perplexity | KL (nats) | "
         "same first choice | needles |",
@@ -80,12 +83,17 @@ def family(row: Row) -> str:
 
 
 def draw(path: Path) -> None:
-    """KL against bits, a panel per model."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, constrained_layout=True)
-    for ax, (folder, title) in zip(axes, MODELS.items(), strict=True):
-        _panel(ax, [row for row in rows(folder) if row.quality.kl], title)
+    """KL against bits, a panel per model that was measured."""
+    measured = {title: rows(folder) for folder, title in MODELS.items() if rows(folder)}
+    size = (5.5 * len(measured), 4.6)
+    figure, grid = plt.subplots(
+        1, len(measured), figsize=size, sharey=True, constrained_layout=True, squeeze=False
+    )
+    axes = grid[0]
+    for ax, (title, found) in zip(axes, measured.items(), strict=True):
+        _panel(ax, [row for row in found if Recipe.parse(row.subject.recipe).format], title)
     axes[0].set_ylabel("KL to the full cache (nats, log)")
-    axes[1].legend(fontsize=8)
+    axes[-1].legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
