@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import measure as module
-from kvloom.evaluation.decoders import CacheDecoder, WindowDecoder, feed_prompt
+from kvloom.evaluation.decoders import CacheDecoder, WindowDecoder, decoder_for, feed_prompt
 from kvloom.evaluation.measure import Measured, measure, percentile, perplexity
 from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Protocol
@@ -143,6 +144,24 @@ def test_the_peak_of_a_prefill_is_seen_inside_of_it(chunk: int) -> None:
         look()
     found = run("streaming_llm", "40tok", prefill_chunk=chunk).bytes
     assert found.prefill_peak == most > found.peak
+
+
+def test_the_devices_peak_is_the_subjects_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[CacheDecoder]] = []
+    forgotten: list[int] = []
+
+    def remember(*args: Any) -> CacheDecoder:
+        made.append(weakref.ref(decoder := decoder_for(*args)))
+        return decoder
+
+    def alive(device: torch.device) -> int:
+        return sum(ref() is not None for ref in made)
+
+    monkeypatch.setattr(module, "decoder_for", remember)
+    monkeypatch.setattr(module, "forget_device_peak", lambda device: forgotten.append(alive(device)))
+    monkeypatch.setattr(module, "device_peak", alive)
+    assert run("h2o", "40tok", prefill_runs=2).bytes.device_peak == 1
+    assert forgotten == [1] * 6, "the full cache of the turn before is gone"
 
 
 def test_layers_that_are_not_compressed_do_not_count_in_a_ratio() -> None:

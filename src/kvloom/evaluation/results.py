@@ -236,7 +236,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the cache did over the document; entries are summed over layers and KV heads."""
+    """What the cache did over the document, summed over layers, each of which compresses by itself.
+
+    Attributes:
+        compressions, compactions: how often. evicted, merged, sealed: entries, over all KV heads.
+    """
 
     compressions: int = 0
     evicted: int = 0

@@ -81,7 +81,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "ppl, KL, top-1: through the compressed cache, against a full cache reading the same tokens; "
         "decode: tokens predicted one by one, whole: all of them."
         + (" needles: planted facts found, compressed before asked." if p.needles else ""),
-        "TTFT, TPOT: medians, after the commit; of dense: against a full cache measured in turns with it.",
+        "TTFT, TPOT: medians, after the commit; of dense: against a full cache measured in turns with "
+        "it. compressions: summed over layers, each of which compresses by itself.",
     ]
     if m.positions is not None and p.tokens > m.positions:
         lines.append(
@@ -93,13 +94,17 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "recompute keeps no cache and is scored on a sample of the tokens: compare it by 'against "
             "dense', not by its perplexity."
         )
-    load = max(row.timing.load or 0.0 for row in rows)
-    if load > BUSY * e.cores:
-        lines.append(
-            f"The machine was busy (load up to {load:.1f} on {e.cores} cores): do not rely on "
-            "the times."
-        )
-    return lines + equal.remarks(rows)
+    return [*lines, *busy(rows), *equal.remarks(rows)]
+
+
+def busy(rows: Sequence[Row]) -> list[str]:
+    """A sentence if times are not to be relied on."""
+    load, cores = max(row.timing.load or 0.0 for row in rows), rows[0].environment.cores
+    if load <= BUSY * cores:
+        return []
+    return [
+        f"The machine was busy (load up to {load:.1f} on {cores} cores): do not rely on the times."
+    ]
 
 
 def _table(title: str, columns: list[str]) -> Table:
