@@ -24,7 +24,7 @@ help:
 	@echo '                  hour on 2 cores); SHARD=i/n runs part i of n, on as many machines'
 	@echo 'make test-oldest  a part of the tests on the oldest supported transformers'
 	@echo 'make peers        kvloom beside kvpress: kept entries, bytes, time per token'
-	@echo 'make docs         docs/methods.md, from the docstrings'
+	@echo 'make docs         docs/methods.md from the docstrings, README'"'"'s table from its rows'
 	@echo 'make lint types   ruff, mypy; `make format` applies what ruff can'
 	@echo 'make clean        remove the environments and caches'
 
@@ -45,6 +45,7 @@ test-oldest: .venv-oldest/.ready
 
 docs: $(READY)
 	$(BIN)/python docs/make_methods.py
+	$(BIN)/python docs/make_demo.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
