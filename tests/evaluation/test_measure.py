@@ -158,7 +158,9 @@ def test_the_devices_peak_is_the_subjects_alone(monkeypatch: pytest.MonkeyPatch)
         return sum(ref() is not None for ref in made)
 
     monkeypatch.setattr(module, "decoder_for", remember)
-    monkeypatch.setattr(module, "forget_device_peak", lambda device: forgotten.append(alive(device)))
+    monkeypatch.setattr(
+        module, "forget_device_peak", lambda device: forgotten.append(alive(device))
+    )
     monkeypatch.setattr(module, "device_peak", alive)
     assert run("h2o", "40tok", prefill_runs=2).bytes.device_peak == 1
     assert forgotten == [1] * 6, "the full cache of the turn before is gone"

@@ -65,7 +65,9 @@ class Budget:
         amount = int(self.amount)
         if self.kind == "tokens":
             return f"{amount}tok"
-        unit = next(u for u in ("GiB", "MiB", "KiB", "GB", "MB", "KB", "B") if amount % _UNITS[u] == 0)
+        unit = next(
+            u for u in ("GiB", "MiB", "KiB", "GB", "MB", "KB", "B") if amount % _UNITS[u] == 0
+        )
         return f"{amount // _UNITS[unit]}{unit}"
 
 
