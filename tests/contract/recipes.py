@@ -25,13 +25,17 @@ VARIANTS = {
     "h2o": ["h2o(sinks=3)"],
     "dense": ["dense(rope='pre')"],
     "int4": ["int4(keys='channel')", "int4(hadamard='both', symmetric=True)"],
+    "int3": ["int3(values='channel', value_bits=8, group=32, channels=32, hadamard='keys')"],
     "streaming_kvquant": [  # with outliers in most pages
         "streaming_kvquant(relative=1.05, chunk=128, adaptive=True)",
         "streaming_kvquant(absolute=1.0, key_outlier_bits=16, value_groups=4, rope='pair')",
     ],
 }
 # name -> texts that are tested instead of defaults that do nothing
-INSTEAD = {"weighted": ["weighted(layers=(1.5, 0.7, 1.0), heads=(1.0, 0.6))"]}
+INSTEAD = {
+    "weighted": ["weighted(layers=(1.5, 0.7, 1.0), heads=(1.0, 0.6))"],
+    "kivi": ["kivi(residual=8)"],  # 128 would keep everything exact
+}
 SCHEDULES = [
     "lazy",  # strict
     "lazy(every=16, slack=4)",
