@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.core import registry
 from kvloom.core.budget import Budget
-from kvloom.core.policy import Allocator, Merger, Policy, Scorer
+from kvloom.core.merge import CentroidMerger, Merger, SurvivorMerger
+from kvloom.core.policy import Allocator, Policy, Scorer
 from kvloom.core.recipe import Recipe
 from kvloom.core.registry import policies as methods
 from kvloom.core.registry import presets, register
@@ -36,9 +37,22 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "Allocator", "Budget", "CompressedCache", "CompressedLlamaForCausalLM",
-    "CompressedModelForCausalLM", "CompressionConfig", "Lazy", "Merger", "Policy", "Recipe", "Scorer",
-    "methods", "presets", "register",
+    "Allocator",
+    "Budget",
+    "CentroidMerger",
+    "CompressedCache",
+    "CompressedLlamaForCausalLM",
+    "CompressedModelForCausalLM",
+    "CompressionConfig",
+    "Lazy",
+    "Merger",
+    "Policy",
+    "Recipe",
+    "Scorer",
+    "SurvivorMerger",
+    "methods",
+    "presets",
+    "register",
 ]  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """What the mask-only oracle believes that mergers do: every evicted token is kept, and counted.
 
-`ORACLES` maps a merger's name to a function that computes its centroids the slow, obvious way from
-all tokens that were ever evicted. A merger without one is replayed with its own `fold`, which
-tests all that surrounds it; its arithmetic is then its own test's business.
+`ORACLES` maps a centroid merger's name to a function that computes its centroids the slow, obvious
+way from all tokens that were ever evicted. A merger without one is replayed with its own `ingest`,
+head by head, which tests all that surrounds it; its arithmetic is then its own test's business. The
+same goes for survivor mergers, which are asked for one head alone.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ import torch
 from torch import Tensor
 
 from kvloom.core.block import Block
-from kvloom.core.policy import Losers
+from kvloom.core.merge import Group, Losers, Merged
 
 
 @dataclass
 class Centroids:
-    """Keys `[..., n, D]`, values, log mass `[..., n]` (-inf: empty) and mean positions."""
+    """Keys `[..., n, D]`, values, log mass `[..., n]` (-inf: empty), mean positions, and what is added to
+    the logits.
+    """
 
     keys: Tensor
     values: Tensor
     mass: Tensor
     positions: Tensor
+    bias: Tensor
 
 
 Batch = tuple[Tensor, Tensor, Tensor]  # keys before rotation [N, D], values [N, E], positions [N]
@@ -57,7 +61,8 @@ class Folded:
 
 def _empty(n: int, key_dim: int, value_dim: int) -> Centroids:
     mass = torch.full((n,), float("-inf"))
-    return Centroids(torch.zeros(n, key_dim), torch.zeros(n, value_dim), mass, torch.zeros(n))
+    zero = torch.zeros(n)
+    return Centroids(torch.zeros(n, key_dim), torch.zeros(n, value_dim), mass, zero, mass)
 
 
 def mean_centroid(merger: Any, batches: list[Batch], empty: Centroids) -> Centroids:
@@ -65,7 +70,7 @@ def mean_centroid(merger: Any, batches: list[Batch], empty: Centroids) -> Centro
     keys, values, positions = (torch.cat(x).double() for x in zip(*batches, strict=True))
     mass = torch.tensor([float(len(positions))]).log()
     means = [x.mean(0, keepdim=True).float() for x in (keys, values, positions)]
-    return Centroids(means[0], means[1], mass, means[2])
+    return Centroids(means[0], means[1], mass, means[2], mass)
 
 
 def replay(merger: Any, batches: list[Batch], empty: Centroids) -> Centroids:
@@ -73,14 +78,29 @@ def replay(merger: Any, batches: list[Batch], empty: Centroids) -> Centroids:
     meta = {"mass": empty.mass[None, None], "positions": empty.positions[None, None]}
     none = torch.zeros(1, 1, dtype=torch.int64)
     block = Block(empty.keys[None, None], empty.values[None, None], none, meta)
+    memory = merger.memory(1, 1)
     for keys, values, positions in batches:
         valid = torch.ones(1, 1, len(positions), dtype=torch.bool)
         mass = torch.zeros(1, 1, len(positions))
         losers = Losers(keys[None, None], values[None, None], mass, positions[None, None], valid)
-        block = merger.fold(losers, block)
+        block, memory = merger.ingest(losers, block, memory)
     used = block.valid(block.keys.shape[2])[0, 0]
     mass = block.meta["mass"][0, 0].masked_fill(~used, float("-inf"))
-    return Centroids(block.keys[0, 0], block.values[0, 0], mass, block.meta["positions"][0, 0])
+    bias = merger.bias(block)[0, 0].masked_fill(~used, float("-inf"))
+    keys, values = block.keys[0, 0], block.values[0, 0]
+    return Centroids(keys, values, mass, block.meta["positions"][0, 0], bias)
+
+
+class Survivors:
+    """What a survivor merger remembers of one KV head of one row."""
+
+    def __init__(self, merger: Any):
+        self.memory = {} if merger is None else merger.memory(1, 1)
+
+    def merge(self, merger: Any, group: Group, head: int) -> Merged:
+        made = merger.merge(group)
+        self.memory = made.memory or self.memory
+        return made
 
 
 ORACLES: dict[str, Callable[[Any, list[Batch], Centroids], Centroids]] = {

@@ -29,6 +29,7 @@ from transformers.masking_utils import eager_mask
 from kvloom.core.budget import Budget
 from kvloom.core.entries import Entries
 from kvloom.core.format import Place
+from kvloom.core.merge import CentroidMerger, Group, SurvivorMerger
 from kvloom.core.plan import LayerPlan
 from kvloom.core.policy import Allocator, Queries
 from kvloom.core.recipe import Recipe
@@ -36,7 +37,7 @@ from kvloom.formats.dense import Dense
 from kvloom.hf.output import output_weight_of
 from kvloom.hf.rope import rope_of
 from tests.formats.reading import Cell
-from tests.oracle.mergers import Centroids, Folded
+from tests.oracle.mergers import Centroids, Folded, Survivors
 
 NAME = "shadow_oracle"
 NOISE = 1e-5  # scores that differ by less, relatively, may change places by fp32 rounding
@@ -61,6 +62,7 @@ class ShadowLayer(CacheLayerMixin):
         self.unsealed = [[[] for _ in range(H)] for _ in range(B)]
         self.tile = [[{} for _ in range(H)] for _ in range(B)]
         self.folded = [[Folded() for _ in range(H)] for _ in range(B)]
+        self.merged = [[Survivors(self.merger) for _ in range(H)] for _ in range(B)]
         self.since = [[0] * H for _ in range(B)]
         self.cells = self.readers(B, H)
         self.held: Tensor | None = None
@@ -108,6 +110,7 @@ class ShadowLayer(CacheLayerMixin):
         self.unsealed = [[list(h) for h in self.unsealed[i]] for i in rows]
         self.tile = [[dict(h) for h in self.tile[i]] for i in rows]
         self.folded = [[h.copy() for h in self.folded[i]] for i in rows]
+        self.merged = [[copy(h) for h in self.merged[i]] for i in rows]
         self.since = [list(self.since[i]) for i in rows]
         self.cells = [[copy(cell) for cell in self.cells[i]] for i in rows if self.cells]
 
@@ -134,8 +137,13 @@ class ShadowLayer(CacheLayerMixin):
                 old = self.state.get(name, x[:, :, :0])
                 self.state[name] = torch.cat([old, x], 2)
             mass = (weights * real[:, None, None, :, None]).sum((2, 3))
-            self.state = recipe.scorer.observe(self.state, {"attention_mass": mass})
+            names = recipe.scorer.state_names
+            own = {name: self.state[name] for name in names}
+            self.state.update(recipe.scorer.observe(own, {"attention_mass": mass}))
             self.remember(query, real, positions)
+        for name in () if self.merger is None else self.merger.state_names:
+            zero = torch.zeros(B, H, new)
+            self.state[name] = torch.cat([self.state.get(name, zero[:, :, :0]), zero], 2)
         for b, row in enumerate(self.real.tolist()):
             pinned = self.pinned(b)
             fresh = [j for j in range(T - new, T) if row[j] and j not in pinned]
@@ -147,13 +155,25 @@ class ShadowLayer(CacheLayerMixin):
             for h in range(H):
                 self.seal(b, h)
 
+    @property
+    def merger(self) -> Any:
+        merger = self.cache.recipe.merger
+        return merger if merger is not None and merger.serves(self.index) else None
+
     def remember(self, query: Tensor, real: Tensor, positions: Tensor) -> None:
         needs = self.cache.recipe.scorer.needs
+        queries = Queries(query, positions, real)
         if "pre_rope_queries" in needs:
-            query = self.rope.unrotate(query, positions[:, None, None])
+            queries = Queries(self.rope.unrotate(query, positions[:, None, None]), positions, real)
         if needs & {"queries", "pre_rope_queries"}:
-            queries = Queries(query, positions, real)
             self.memory = self.cache.recipe.scorer.remember(self.memory, queries)
+        if self.merger is not None and "queries" in self.merger.needs:
+            for b, row in enumerate(self.merged):
+                for h, head in enumerate(row):
+                    seen = Queries(
+                        query[b : b + 1, h : h + 1], positions[b : b + 1], real[b : b + 1]
+                    )
+                    head.memory = self.merger.remember(head.memory, seen)
 
     def pinned(self, b: int) -> set[int]:
         sinks = self.cache.sinks
@@ -204,6 +224,8 @@ class ShadowLayer(CacheLayerMixin):
         seen = self.real.sum(1)
         if budget is None or budget.kind == "tokens":
             entries = recipe.scorer.capacity if budget is None else int(budget.amount)
+            if budget is not None and self.merger is not None:
+                entries -= self.merger.centroids
             sinks, shares = self.cache.sinks, (recipe.allocator or Allocator()).shares
             row = [
                 max(sinks + 1, sinks + math.floor((entries - sinks) * share))
@@ -271,6 +293,7 @@ class ShadowLayer(CacheLayerMixin):
             for h, target in enumerate(targets):
                 keep = self.chosen(b, h, values[h], target)
                 lost.append([j for j in free[h] if j not in keep])
+                self.merge(b, h, sorted(keep), lost[h], scores[b][h], logits)
                 self.alive[b, h, lost[h]] = False
                 self.unsealed[b][h] = [j for j in self.unsealed[b][h] if j in keep]
             self.fold(b, lost)
@@ -366,24 +389,80 @@ class ShadowLayer(CacheLayerMixin):
 
     def fold(self, b: int, lost: list[list[int]]) -> None:
         """Hand the evicted to the merger's oracle, as they are stored at this moment."""
-        if self.cache.recipe.merger is None:
+        if not isinstance(self.merger, CentroidMerger):
             return
         for h, gone in enumerate(lost):
-            positions = self.positions[b, gone]
-            keys = self.rope.unrotate(self.keys[b, h, gone], positions).float()
+            positions, keys = self.positions[b, gone], self.keys[b, h, gone].float()
+            if not self.merger.rotated:
+                keys = self.rope.unrotate(keys, positions)
             self.folded[b][h].take(keys, self.values[b, h, gone].float(), positions)
 
-    def centroids(self) -> Centroids | None:
-        """What stands for the evicted: keys `[B, H, n, D]`, rotated; None without a merger."""
-        merger = self.cache.recipe.merger
-        if merger is None:
+    def merge(
+        self, b: int, h: int, keep: list[int], gone: list[int], scores: list[float], logits: Any
+    ) -> None:
+        """Let the survivors of one head take in what leaves it."""
+        if not isinstance(self.merger, SurvivorMerger) or not gone:
+            return
+        fmt = self.cache.format
+        in_place = fmt is None or fmt.in_place
+        open_ = {j for j in keep if in_place or j in self.unsealed[b][h]}
+        here = sorted([*keep, *gone])
+        state = {name: self.state[name][b, h, here] for name in self.merger.state_names}
+        group = Group(
+            self.keys[b, h, here][None, None].float(), self.values[b, h, here][None, None].float(),
+            mask_of(here, gone), mask_of(here, keep), mask_of(here, open_),
+            {name: x[None, None] for name, x in state.items()},
+            torch.tensor([scores[j] for j in here])[None, None],
+            self.positions[b, here][None, None].int(),
+            self.merged[b][h].memory, logits["scale"], logits["softcap"], self.index,
+        )  # fmt: skip
+        made = self.merged[b][h].merge(self.merger, group, h)
+        self.keys, self.values = self.keys.clone(), self.values.clone()
+        if made.keys is not None:
+            self.keys[b, h, here] = made.keys[0, 0].to(self.keys.dtype)
+        if made.values is not None:
+            self.values[b, h, here] = made.values[0, 0].to(self.values.dtype)
+        for name, x in made.state.items():
+            self.state[name][b, h, here] = x[0, 0]
+
+    def centroids(self, queries: Tensor, positions: Tensor, real: Tensor) -> Any:
+        """What stands for the evicted, and `queries [B, heads, Q, D]` as they must be seen: keys
+        `[B, H, n, D]` where they stand; None without centroids.
+        """
+        merger = self.merger
+        if not isinstance(merger, CentroidMerger):
             return None
         rows = [[head.centroids(merger, self.keys, self.values) for head in r] for r in self.folded]
-        keys, values, mass, positions = (
+        keys, values, bias, at = (
             torch.stack([torch.stack([getattr(head, name) for head in row]) for row in rows])
-            for name in ("keys", "values", "mass", "positions")
+            for name in ("keys", "values", "bias", "positions")
         )
-        return Centroids(self.rope.rotate(keys, positions), values, mass, positions)
+        if merger.rotated:
+            return Centroids(keys, values, bias, at, bias), queries
+        if merger.placing == "slot":
+            at = self.slots(at, bias, positions, real)
+        elif merger.placing == "positionless":
+            at = torch.zeros_like(at)
+            queries = self.rope.shift(queries, -positions[:, None].expand(queries.shape[:3]))
+        return Centroids(self.rope.rotate(keys, at), values, bias, at, bias), queries
+
+    def slots(self, at: Tensor, bias: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+        """One place for each centroid, in the order of their mean positions, right before the rest."""
+        places = torch.zeros_like(at)
+        for b, row in enumerate(self.folded):
+            new = [p for p, ok in zip(positions[b].tolist(), real[b].tolist(), strict=True) if ok]
+            first = new[-1] - len(new) + 1 if new else 0
+            pinned = self.pinned(b)
+            for h, head in enumerate(row):
+                used = (
+                    head.centroids(self.merger, self.keys, self.values).mass > -math.inf
+                ).nonzero()
+                order = sorted(used.flatten().tolist(), key=lambda j: (at[b, h, j].item(), j))
+                live = [j for j, ok in enumerate(self.alive[b, h].tolist()) if ok]
+                window = len([j for j in live if j not in pinned])
+                for rank, j in enumerate(order):
+                    places[b, h, j] = first - window - len(order) + rank
+        return places
 
     def seal(self, b: int, h: int) -> None:
         fmt = self.cache.format
@@ -407,6 +486,10 @@ class ShadowLayer(CacheLayerMixin):
         self.keys[b, h, page], self.values[b, h, page] = keys, values
         for i, j in enumerate(page):
             self.tile[b][h][j] = page[i // 64 * 64] * 2 + i % 64 // 32
+
+
+def mask_of(here: list[int], chosen: Any) -> Tensor:
+    return torch.tensor([j in set(chosen) for j in here])[None, None]
 
 
 def contested(values: list[dict[int, float]], split: list[int]) -> bool:
@@ -456,15 +539,24 @@ def shadow_attention(
     H, T = key.shape[1], key.shape[2]
     groups = heads // H
     scale = D**-0.5 if scaling is None else scaling
-    centroids = None if layer is None else layer.centroids()
+    columns_at = kwargs["position_ids"].expand(B, Q)
+    if attention_mask is None:
+        attention_mask = torch.zeros(1, 1, Q, T)
+    diagonal = attention_mask[:, 0, :, T - Q :].diagonal(dim1=-2, dim2=-1) > -1
+    real = diagonal.expand(B, Q)
+    centroids = None
+    if layer is not None and layer.alive.shape[2]:
+        centroids = layer.centroids(query, columns_at, real)
 
-    def logits_of(keys: Tensor) -> Tensor:
+    def logits_of(keys: Tensor, query: Tensor = query) -> Tensor:
         logits = query @ keys.repeat_interleave(groups, 1).transpose(2, 3) * scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     logits = logits_of(key)
-    if attention_mask is None:
-        attention_mask = torch.zeros(1, 1, Q, T)
+    if layer is not None and "mass" in layer.state:
+        mass = torch.zeros(B, H, T)
+        mass[:, :, : layer.alive.shape[2]] = layer.state["mass"]
+        logits = logits + mass.repeat_interleave(groups, 1)[:, :, None]
     hidden = attention_mask < -1
     if layer is not None:
         dead = torch.zeros(B, H, T, dtype=torch.bool)
@@ -473,19 +565,19 @@ def shadow_attention(
     columns = [logits.masked_fill(hidden, torch.finfo(logits.dtype).min)]
     values = value
     if centroids is not None:  # one key that stands for exp(mass) tokens
-        mass = centroids.mass.repeat_interleave(groups, 1)[:, :, None]
-        columns.append(logits_of(centroids.keys.to(key.dtype)) + mass)
-        values = torch.cat([value, centroids.values.to(value.dtype)], 2)
+        held, turned = centroids
+        bias = held.bias.repeat_interleave(groups, 1)[:, :, None]
+        columns.append(logits_of(held.keys.to(key.dtype), turned.to(key.dtype)) + bias)
+        values = torch.cat([value, held.values.to(value.dtype)], 2)
     if s_aux is not None:
         columns.append(s_aux.view(1, heads, 1, 1).expand(B, heads, Q, 1))
     weights = torch.cat(columns, -1).softmax(-1)
     out = weights[..., : values.shape[2]] @ values.repeat_interleave(groups, 1)
     if layer is not None:
-        new = attention_mask[:, 0, :, T - Q :].diagonal(dim1=-2, dim2=-1) > -1
         layer.take_in(
             query.view(B, H, groups, Q, D),
-            new.expand(B, Q),
-            kwargs["position_ids"].expand(B, Q),
+            real,
+            columns_at,
             weights[..., :T].view(B, H, groups, Q, T),
             scale=scale,
             softcap=softcap,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kvloom import Budget, CompressedCache, Recipe
 from kvloom.core.attend import Call
 from kvloom.core.block import Block
+from kvloom.core.merge import Losers
 from kvloom.core.plan import LayerPlan
-from kvloom.core.policy import Losers
 from kvloom.core.store import LayerStore
 from kvloom.formats.dense import Dense
 from kvloom.policies.merge.mean_centroid import MeanCentroid
@@ -212,7 +212,7 @@ def feed(store, keys, values, query, positions):
 def test_identical_members_give_full_attention(same):
     """Same key, value and position: the centroid attends exactly like all of them."""
     generator = torch.Generator().manual_seed(4)
-    store, kept = layer("16tok"), 16
+    store, kept = layer("17tok"), 16
     one, value = torch.randn(D, generator=generator), torch.randn(D, generator=generator)
     keys = torch.cat([one.expand(same, D), torch.randn(kept, D, generator=generator)])[None, None]
     values = torch.cat([value.expand(same, D), torch.randn(kept, D, generator=generator)])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvloom.core.block import Block
 from kvloom.core.format import PAGE
+from kvloom.core.merge import CentroidMerger
 from kvloom.kernels import ops
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Call:
         new_mask: bool `[B, 1, Q, Q]` among the new tokens, or None for plain causality.
         past_mask: bool `[B, 1, Q, past]` given by the user, or None.
         voters: bool `[B, Q]`, False for padded queries, or None.
+        positions: `[B, Q]` of the queries.
     """
 
     query: Tensor
@@ -39,6 +41,7 @@ class Call:
     new_mask: Tensor | None = None
     past_mask: Tensor | None = None
     voters: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass
@@ -76,6 +79,8 @@ def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Te
             parts.append(_slab_partial(store, slab, turned))
     if with_tail is not None:
         parts.append(_partial(with_tail, call, call.query))
+    if store.centroids is not None and store.centroids.longest:
+        parts.append(_partial(*centroid_tier(store, call)))
     rest = _exact_tiers(store, call, new, tail=with_tail is None)
     parts += [_partial(tier, call, call.query) for tier in rest]
     if store.plan.observes or call.sink_logits is not None:
@@ -173,16 +178,33 @@ def _block_tier(block: Block, causal: bool = False) -> Tier | None:
     return Tier(ALL, ALL, keys, values, bias, causal=causal)
 
 
+def centroid_tier(store: LayerStore, call: Call) -> tuple[Tier, Call, Tensor]:
+    """The centroids where they stand, the call, and its queries as the centroids must see them."""
+    held, merger, rope = store.centroids, store.plan.merger, store.plan.rope
+    assert held is not None and isinstance(merger, CentroidMerger)
+    n, query = held.longest, call.query
+    bias = merger.bias(held)[:, :, :n]
+    if held.size is None:
+        bias = bias.masked_fill(~held.valid(n), float("-inf"))
+    keys = held.keys.narrow(2, 0, n)
+    if not merger.rotated:
+        assert rope is not None
+        at = held.meta["positions"][:, :, :n]
+        if merger.placing == "slot":
+            at = store.slots_before(at, held)
+        elif merger.placing == "positionless":  # turn the queries to where all centroids are: 0
+            assert call.positions is not None
+            at = torch.zeros_like(at)
+            by = -call.positions[:, None, None].expand(query.shape[:4])
+            query = rope.shift(query, by).to(query.dtype)
+        keys = store.rotate(keys, at)
+    values = held.values.narrow(2, 0, n).to(store.plan.dtype)
+    return Tier(ALL, ALL, keys.to(store.plan.dtype), values, bias), call, query
+
+
 def _exact_tiers(
     store: LayerStore, call: Call, new: Block | None, tail: bool = True
 ) -> Iterator[Tier]:
-    if store.centroids is not None:
-        tier = _block_tier(store.centroids)
-        if tier is not None:
-            positions = store.centroids.meta["positions"][:, :, : tier.keys.shape[2]]
-            tier.keys = store.rotate(tier.keys, positions)
-            tier.values = tier.values.to(tier.keys.dtype)
-            yield tier
     newest = _block_tier(store.tail) if tail else None
     if newest is not None:
         if call.past_mask is not None:

@@ -1,8 +1,8 @@
 """Budgets: one quantity, bytes, in three spellings, and what a recipe's entries cost.
 
-`"512MiB"` is a ceiling for the whole cache, `"1024tok"` a number of entries per KV head per layer,
-`"25%"` a share of what a 16-bit dense cache would hold for the tokens seen so far. All three are
-kept as a ceiling in bytes after every commit.
+`"512MiB"` is a ceiling for the whole cache, `"1024tok"` a number of entries per KV head per layer
+(sinks and centroids included), `"25%"` a share of what a 16-bit dense cache would hold for the tokens
+seen so far. All three are kept as a ceiling in bytes after every commit.
 """
 
 from __future__ import annotations

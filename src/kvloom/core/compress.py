@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from kvloom.core.block import Block
+from kvloom.core.compaction import compact
 from kvloom.core.entries import Entries
+from kvloom.core.fold import fold_losers
 from kvloom.core.forward import Forward
 from kvloom.core.policy import select
-from kvloom.core.view import entries_of, losers_of
+from kvloom.core.view import entries_of
 
 if TYPE_CHECKING:
     from kvloom.core.store import LayerStore
@@ -72,8 +74,10 @@ def _compress(
     due: Tensor,
 ) -> Block:
     """Down to `target` entries, sinks included."""
-    scorer, merger = store.plan.recipe.scorer, store.plan.recipe.merger
+    scorer = store.plan.recipe.scorer
     assert scorer is not None
+    if store.plan.changes_pages and any(slab.shared for slab in store.pool.slabs):
+        compact(store.pool)  # rows that share pages get copies of their own
     entries = entries_of(store, pending, forward.call)
     protected = scorer.protected((target if scorer.sets_target else capacity) - pinned)
     if store.plan.pools:
@@ -86,11 +90,8 @@ def _compress(
         target = entries.target = target - pinned
         scores = scorer.rank(entries, torch.minimum(protected, target))
     keep = select(scores, entries, target)
-    if merger is not None:
-        assert store.centroids is not None
-        lost = losers_of(store, entries, entries.valid & ~keep)
-        store.centroids = merger.fold(lost, store.centroids)
-    return _remove(store, pending, keep, merged=merger is not None)
+    pending, folded = fold_losers(store, entries, keep, pending)
+    return _remove(store, pending, keep, folded)
 
 
 def _drop_oldest(store: LayerStore, pending: Block, n: Tensor) -> Block:
@@ -100,11 +101,11 @@ def _drop_oldest(store: LayerStore, pending: Block, n: Tensor) -> Block:
     exact = n - sealed
     if bool(exact.any()):
         pending = pending.span(exact, pending.count - exact)
-    _note(store, int(n.sum()), merged=False)
+    _note(store, int(n.sum()), folded=0)
     return pending
 
 
-def _remove(store: LayerStore, pending: Block, keep: Tensor, merged: bool) -> Block:
+def _remove(store: LayerStore, pending: Block, keep: Tensor, folded: int | None) -> Block:
     """Mark dead what `keep` leaves out, and count it; returns the exact entries that stay."""
     before = store.pool.live + pending.count
     sealed = keep.shape[2] - pending.longest
@@ -114,15 +115,17 @@ def _remove(store: LayerStore, pending: Block, keep: Tensor, merged: bool) -> Bl
     if not torch.equal(count, pending.count):
         pending = pending.keep(exact, count)
     gone = int((before - store.pool.live - pending.count).sum())
-    _note(store, gone, merged)
+    _note(store, gone, folded)
     return pending
 
 
-def _note(store: LayerStore, gone: int, merged: bool) -> None:
-    """Count what a compression took away, and free its room if that pays."""
+def _note(store: LayerStore, gone: int, folded: int | None) -> None:
+    """Count what a compression took away and how much of it lives on (None: all), and free its room
+    if that pays.
+    """
     store.counters.compressions += 1
     store.counters.evicted += gone
-    store.counters.merged += gone if merged else 0
+    store.counters.merged += gone if folded is None else folded
     store.reclaim()
 
 

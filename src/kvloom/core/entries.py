@@ -30,6 +30,7 @@ class Entries:
         target: host int64 `[B, H]`, how many of them will stay; an even share if the heads pool
             their budget.
         rope: the layer's rotation, if the recipe needs anything before rotation.
+        scores: `[B, H, S]`, what the scorer thought of them, once it was asked.
     """
 
     valid: Tensor
@@ -46,6 +47,7 @@ class Entries:
     output_weight: Tensor | None = None
     rope: RopeSpec | None = None
     target: Tensor | None = None
+    scores: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:

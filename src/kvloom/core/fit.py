@@ -19,7 +19,9 @@ def check(plan: LayerPlan) -> None:
                 "its bytes follow from its format; add a scorer or drop the budget"
             )
         return
-    if recipe.merger is not None and scorer.in_cache:
+    if plan.merger is not None:
+        plan.merger.fit(plan)
+    if plan.centroids and scorer.in_cache:
         raise ValueError(
             f"recipe '{recipe}': a centroid keeps its members' original positions, which in-cache "
             "positions leave behind; say positions='original'"
@@ -75,10 +77,11 @@ def _check_floor(plan: LayerPlan) -> None:
             f"budget {str(budget)!r} is below the floor of recipe '{plan.recipe}' for this model: "
             f"{plan.floor()} bytes per row"
         )
-    if budget.kind == "tokens" and budget.amount < plan.sinks + 1:
+    if budget.kind == "tokens" and budget.amount < plan.sinks + plan.centroids + 1:
+        centroids = f", {plan.centroids} centroids" if plan.centroids else ""
         raise ValueError(
             f"budget {str(budget)!r} is below the floor of recipe '{plan.recipe}': {plan.sinks} "
-            "sinks and 1 entry"
+            f"sinks{centroids} and 1 entry"
         )
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from kvloom.core.block import GRANULE
 from kvloom.core.budget import DENSE_BYTES, Budget, CellCost
 from kvloom.core.format import PAGE, Layout, PageBatch, PageFormat, Place
+from kvloom.core.merge import CentroidMerger, Merger, SurvivorMerger
 from kvloom.core.policy import Allocator, Queries
 from kvloom.core.recipe import Recipe
 from kvloom.positions.rope import RopeSpec
 
-CENTROID_DTYPE = torch.float32
+QUERIES = frozenset({"queries", "pre_rope_queries"})
 UNBOUNDED = 1 << 40  # a capacity that is never reached
 _META_DTYPES = {"positions": torch.int32, "mass": torch.float32}
 
@@ -75,6 +76,28 @@ class LayerPlan:
         return self.recipe.evicts and scorer is not None and self.layer not in scorer.exempt_layers
 
     @cached_property
+    def merger(self) -> Merger | None:
+        """What becomes of this layer's losers; None: they are dropped."""
+        merger = self.recipe.merger
+        return merger if merger is not None and merger.serves(self.layer) else None
+
+    @cached_property
+    def centroids(self) -> int:
+        """How many centroids each head keeps."""
+        return 0 if self.merger is None else self.merger.centroids
+
+    @cached_property
+    def changes_pages(self) -> bool:
+        """Whether a merger writes into pages."""
+        return isinstance(self.merger, SurvivorMerger) and self.format.in_place
+
+    @cached_property
+    def slots_centroids(self) -> bool:
+        """Whether centroids stand right before the exact entries."""
+        merger = self.merger
+        return isinstance(merger, CentroidMerger) and merger.placing == "slot"
+
+    @cached_property
     def bounded(self) -> bool:
         """Whether there is a ceiling."""
         scorer = self.recipe.scorer
@@ -90,7 +113,7 @@ class LayerPlan:
     @cached_property
     def drops_oldest(self) -> bool:
         """Whether an eviction only moves the start of each head's entries."""
-        scorer, plain = self.recipe.scorer, self.recipe.merger is None and not self.pools
+        scorer, plain = self.recipe.scorer, self.merger is None and not self.pools
         plain = plain and self.format.movable and not self.observes
         return bool(scorer and scorer.oldest_first and plain)
 
@@ -102,7 +125,8 @@ class LayerPlan:
     @cached_property
     def remembers(self) -> bool:
         """Whether the scorer wants to see queries."""
-        return bool(self.recipe.needs & {"queries", "pre_rope_queries"})
+        scorer = self.recipe.scorer
+        return scorer is not None and bool(scorer.needs & QUERIES)
 
     @cached_property
     def pools(self) -> bool:
@@ -117,16 +141,20 @@ class LayerPlan:
 
     @cached_property
     def memory_nbytes(self) -> float:
-        """Bytes per (row, head) of what the scorer remembers of the queries."""
-        if not self.remembers:
-            return 0
-        assert self.recipe.scorer is not None
-        states = torch.zeros(1, self.heads, self.group, 1, self.key_dim, dtype=self.dtype)
-        if "pre_rope_queries" in self.recipe.needs:
-            states = states.float()
+        """Bytes per (row, head) of what scorer and merger remember."""
+        memories: list[Tensor] = []
         one = torch.zeros(1, 1, dtype=torch.int64)
-        memory = self.recipe.scorer.remember({}, Queries(states, one, one.bool()))
-        return sum(x.untyped_storage().nbytes() for x in memory.values()) / self.heads
+        for policy in (self.recipe.scorer, self.merger):
+            if policy is None:
+                continue
+            memory = policy.memory(1, self.heads) if isinstance(policy, Merger) else {}
+            if policy.needs & QUERIES:
+                states = torch.zeros(1, self.heads, self.group, 1, self.key_dim, dtype=self.dtype)
+                if "pre_rope_queries" in policy.needs:
+                    states = states.float()
+                memory = policy.remember(memory, Queries(states, one, one.bool()))
+            memories += memory.values()
+        return sum(x.untyped_storage().nbytes() for x in memories) / self.heads
 
     @cached_property
     def format_nbytes(self) -> float:
@@ -174,6 +202,7 @@ class LayerPlan:
     def meta(self) -> dict[str, torch.dtype]:
         """Per-slot metadata of the exact tail."""
         names = list(self.recipe.scorer.state_names) if self.recipe.scorer else []
+        names += [] if self.merger is None else self.merger.state_names
         if self.positions:
             names.insert(0, "positions")
         return {name: _META_DTYPES.get(name, torch.float32) for name in names}
@@ -192,13 +221,12 @@ class LayerPlan:
         page_meta = sum(d.itemsize for d in self.page_meta.values())
         alive = 1 if self.evicts else 0
         width = self.key_dim + self.value_dim
-        merger = self.recipe.merger
         return CellCost(
             sinks=self.sinks,
-            centroids=merger.centroids if merger else 0,
+            centroids=self.centroids,
             residual=self.format.residual,
             exact_slot=width * size + meta,
-            centroid_slot=width * CENTROID_DTYPE.itemsize + 2 * 4,
+            centroid_slot=width * self.centroid_dtype.itemsize + 2 * 4,
             page=self.layout.page_nbytes(scattered=self.evicts),
             page_meta=PAGE * (page_meta + alive),
             overhead=24 * torch.int64.itemsize
@@ -207,6 +235,11 @@ class LayerPlan:
             dense_slot=width * DENSE_BYTES,
             shrinks=self.pools,
         )
+
+    @cached_property
+    def centroid_dtype(self) -> torch.dtype:
+        merger = self.merger
+        return merger.dtype(self.dtype) if isinstance(merger, CentroidMerger) else self.dtype
 
     @cached_property
     def shares(self) -> Tensor:
@@ -243,7 +276,9 @@ class LayerPlan:
             assert scorer.capacity is not None
             return self._scaled(scorer.capacity, shares).expand(len(seen), -1)
         if self.budget.kind == "tokens":
-            return self._scaled(int(self.budget.amount), shares).expand(len(seen), -1)
+            return self._scaled(int(self.budget.amount) - self.centroids, shares).expand(
+                len(seen), -1
+            )
         if self.budget.kind == "bytes":
             row = self.budget.amount / len(seen) - self.other_nbytes
             return self._affordable(row).expand(len(seen), -1)

@@ -18,7 +18,6 @@ from kvloom.core.block import from_newest
 from kvloom.kernels.layout import TILE
 
 if TYPE_CHECKING:
-    from kvloom.core.block import Block
     from kvloom.core.entries import Entries
     from kvloom.core.recipe import Recipe
 
@@ -180,7 +179,7 @@ class Scorer(Policy):
         Raises ValueError if a score is NaN or infinite.
         """
         valid, tiled = entries.valid, entries.tiled
-        scores = self.score(entries).float()
+        scores = entries.scores = self.score(entries).float()
         if not bool(torch.isfinite(scores[valid]).all()):
             raise ValueError(f"{self}: a score is NaN or infinite")
         newer = from_newest(valid)
@@ -248,35 +247,3 @@ class Allocator(Policy):
         is what the heads have together.
         """
         return capacity.amax(1, keepdim=True)
-
-
-@dataclass
-class Losers:
-    """What a merger gets: entries that were not selected, decoded once.
-
-    Attributes:
-        keys: `[B, H, N, D]` fp32, pre-RoPE if the merger needs `pre_rope_keys`; values likewise.
-        mass: log mass `[B, H, N]`; positions: `[B, H, N]`; valid: bool `[B, H, N]`.
-    """
-
-    keys: Tensor
-    values: Tensor
-    mass: Tensor
-    positions: Tensor
-    valid: Tensor
-
-
-@dataclass(frozen=True)
-class Merger(Policy):
-    """What happens to the losers of a selection. Without a merger they are dropped."""
-
-    kind: ClassVar[str] = "merger"
-
-    @property
-    def centroids(self) -> int:
-        """How many centroids per head the merger keeps; reserved in every budget."""
-        return 0
-
-    def fold(self, losers: Losers, centroids: Block) -> Block:
-        """The centroids after taking in the losers; pure. Masses add up to the tokens folded."""
-        raise NotImplementedError

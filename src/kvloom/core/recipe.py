@@ -14,7 +14,8 @@ from typing import Any
 
 from kvloom.core import registry
 from kvloom.core.format import PageFormat
-from kvloom.core.policy import Allocator, Merger, Policy, Scorer
+from kvloom.core.merge import Merger
+from kvloom.core.policy import Allocator, Policy, Scorer
 from kvloom.core.schedule import Lazy
 
 NONE = "none"
@@ -26,7 +27,7 @@ class Recipe:
 
     Attributes:
         scorer: who goes (None: nobody). allocator: how a budget is split (None: uniformly).
-        merger: what happens to losers (None: dropped). format: how survivors are stored (None:
+        merger: what happens to losers (None: dropped); one that brings a scorer along may stand alone. format: how survivors are stored (None:
             dense, in the model's dtype). schedule: when to compress (strictly every token).
     """
 
@@ -37,6 +38,8 @@ class Recipe:
     schedule: Lazy = field(default_factory=Lazy)
 
     def __post_init__(self) -> None:
+        if self.scorer is None and self._own_scorer is not None:
+            object.__setattr__(self, "scorer", self._own_scorer)
         if self.scorer is not None:
             return
         for name in ("allocator", "merger"):
@@ -50,6 +53,11 @@ class Recipe:
             raise ValueError(
                 f"recipe '{self}': {self.schedule} schedules eviction without a scorer"
             )
+
+    @property
+    def _own_scorer(self) -> Scorer | None:
+        text = None if self.merger is None else self.merger.own_scorer
+        return None if text is None else Recipe.parse(text).scorer
 
     @classmethod
     def of(cls, *policies: Policy) -> Recipe:
@@ -95,13 +103,15 @@ class Recipe:
     @property
     def policies(self) -> list[Policy]:
         """The policies that were asked for, in canonical order."""
-        chain = [self.scorer, self.schedule, self.allocator, self.merger, self.format]
+        scorer = None if self.scorer == self._own_scorer else self.scorer
+        chain = [scorer, self.schedule, self.allocator, self.merger, self.format]
         return [p for p in chain if p is not None and p != Lazy()]
 
     @property
     def needs(self) -> frozenset[str]:
         """Everything that must be observed for this recipe."""
-        return frozenset().union(*(p.needs for p in self.policies))
+        policies = [*self.policies, *([] if self.scorer is None else [self.scorer])]
+        return frozenset().union(*(p.needs for p in policies))
 
     @property
     def evicts(self) -> bool:

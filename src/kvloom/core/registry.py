@@ -50,7 +50,7 @@ def _discover() -> dict[str, type[Policy]]:
 
 def _concrete(cls: type[Policy]) -> bool:
     """A policy that users can name: it stands outside of the base classes' module."""
-    bases = ("kvloom.core.policy", "kvloom.core.format")
+    bases = ("kvloom.core.policy", "kvloom.core.format", "kvloom.core.merge")
     return cls.__module__ not in bases and not isabstract(cls) and bool(cls.kind)
 
 

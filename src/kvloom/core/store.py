@@ -13,9 +13,10 @@ from kvloom.core.compaction import compact
 from kvloom.core.compress import compress_if_due
 from kvloom.core.format import PAGE
 from kvloom.core.forward import Counters, Forward, last_valid
+from kvloom.core.merge import Memory
 from kvloom.core.pages import PagePool
-from kvloom.core.plan import CENTROID_DTYPE, LayerPlan
-from kvloom.core.policy import Queries
+from kvloom.core.plan import QUERIES, LayerPlan
+from kvloom.core.policy import Policy, Queries
 from kvloom.core.slab import Slab
 
 REFRESH = 16  # a growing budget is worked out again at multiples of this many tokens
@@ -33,7 +34,7 @@ class LayerStore:
         none = torch.zeros(B, H, dtype=torch.int64)
         self.tail = Block(keys[:, :, :0].clone(), values[:, :, :0].clone(), none, meta)
         self.sinks = self.tail.empty() if plan.sinks else None
-        self.centroids = self._no_centroids() if plan.recipe.merger else None
+        self.centroids = self._no_centroids() if plan.centroids else None
         self.pool = PagePool(
             plan.format, plan.place, keys.dtype, device, B, plan.page_meta, plan.base_positions,
             plan.fills_pages,
@@ -44,17 +45,20 @@ class LayerStore:
         self.next_position = torch.zeros(B, dtype=torch.int64, device=device)
         self._one_each = torch.ones(B, dtype=torch.int64)
         self._one_slot = torch.ones(B, H, dtype=torch.int64)
-        self.memory: dict[str, Tensor] = {}
+        self.memory: Memory = {}
+        self.merger_memory: Memory = {}
+        if plan.merger is not None:
+            kept = plan.merger.memory(B, H)
+            self.merger_memory = {name: x.to(device) for name, x in kept.items()}
         self.counters = Counters()
         self._capacity: Tensor | None = None
         self._capacity_at = self.seen
 
     def _no_centroids(self) -> Block:
-        assert self.plan.recipe.merger is not None
         B, H = self.tail.count.shape
-        n, device = self.plan.recipe.merger.centroids, self.device
-        keys = torch.zeros(B, H, n, self.plan.key_dim, dtype=CENTROID_DTYPE, device=device)
-        values = torch.zeros(B, H, n, self.plan.value_dim, dtype=CENTROID_DTYPE, device=device)
+        n, dtype, device = self.plan.centroids, self.plan.centroid_dtype, self.device
+        keys = torch.zeros(B, H, n, self.plan.key_dim, dtype=dtype, device=device)
+        values = torch.zeros(B, H, n, self.plan.value_dim, dtype=dtype, device=device)
         meta = {
             "mass": torch.full((B, H, n), float("-inf"), device=device),
             "positions": torch.zeros(B, H, n, device=device),
@@ -80,7 +84,7 @@ class LayerStore:
             "page metadata": books,
             "sinks": [] if self.sinks is None else self.sinks.tensors(),
             "centroids": [] if self.centroids is None else self.centroids.tensors(),
-            "query memory": list(self.memory.values()),
+            "query memory": [*self.memory.values(), *self.merger_memory.values()],
             "counters": counters,
         }
 
@@ -106,6 +110,16 @@ class LayerStore:
         by = -gap[:, :, None, None].expand(query.shape[:4])
         return self.plan.rope.shift(query, by).to(query.dtype)
 
+    def slots_before(self, positions: Tensor, centroids: Block) -> Tensor:
+        """Places of centroids right before the exact entries, in the order of `positions [B, H, n]`."""
+        pinned = 0 if self.sinks is None else self.sinks.count
+        window = (self.stored - pinned).to(self.device)
+        used = centroids.valid(positions.shape[2])
+        order = positions.masked_fill(~used, float("inf")).argsort(dim=-1, stable=True)
+        end = (self.next_position[:, None] - window)[..., None]
+        places: Tensor = end - used.sum(-1, keepdim=True) + order.argsort(dim=-1)
+        return places
+
     def ceiling(self) -> int:
         """Bytes that this layer holds at most after a commit, for the tokens seen so far."""
         capacity = self.capacity()
@@ -129,8 +143,10 @@ class LayerStore:
 
     def _arrived(self, keys: Tensor, values: Tensor, positions: Tensor) -> Block:
         B, H, Q, _ = keys.shape
-        scorer = self.plan.recipe.scorer
+        scorer, merger = self.plan.recipe.scorer, self.plan.merger
         meta = {} if scorer is None else dict(scorer.arrive(keys, values))
+        for name in () if merger is None else merger.state_names:
+            meta[name] = torch.zeros(B, H, Q, device=keys.device)
         if self.plan.positions:
             meta["positions"] = positions.to(torch.int32)[:, None].expand(B, H, Q)
         if Q == 1:
@@ -142,7 +158,8 @@ class LayerStore:
     ) -> tuple[Tensor, Forward]:
         """Attend with new tokens (see `stage`); they become part of the cache in `commit`."""
         forward = self.stage(keys, values, call, columns, positions)
-        if self.plan.in_cache:
+        call.positions = positions
+        if self.plan.in_cache or self.plan.slots_centroids:
             before = (forward.tokens - 1).to(self.device)
             self.next_position = last_valid(positions, columns) - before
         out, lse = attend(self, call, forward.block)
@@ -154,7 +171,8 @@ class LayerStore:
     ) -> tuple[Tensor, Forward]:
         """`forward` for one valid token per row that goes straight into the tail."""
         token = self._arrived(keys, values, positions)
-        if self.plan.in_cache:
+        call.positions = positions
+        if self.plan.in_cache or self.plan.slots_centroids:
             self.next_position = positions[:, -1].to(torch.int64) + 1
         self.tail = self.tail.reserve(self.tail.longest + 1)
         before = self.tail.count
@@ -196,7 +214,11 @@ class LayerStore:
         if scorer is None:
             return
         if self.plan.remembers:
-            self.memory = scorer.remember(self.memory, self._queries(forward))
+            self.memory = scorer.remember(self.memory, self._queries(forward, scorer))
+        merger = self.plan.merger
+        if merger is not None and merger.needs & QUERIES:
+            queries = self._queries(forward, merger)
+            self.merger_memory = merger.remember(self.merger_memory, queries)
         if not self.plan.observes:
             return
         assert forward.lse is not None
@@ -214,9 +236,9 @@ class LayerStore:
                 meta[name][:, :, :n] = x
             start += n
 
-    def _queries(self, forward: Forward) -> Queries:
+    def _queries(self, forward: Forward, policy: Policy) -> Queries:
         states, positions = forward.call.query, forward.positions
-        if "pre_rope_queries" in self.plan.recipe.needs:
+        if "pre_rope_queries" in policy.needs:
             assert self.plan.rope is not None
             states = self.plan.rope.unrotate(states, positions[:, None, None])
         valid = forward.columns
@@ -344,7 +366,8 @@ class LayerStore:
         self._one_each = torch.ones_like(self.seen)
         self._one_slot = torch.ones_like(self.tail.count)
         self.next_position = self.next_position.index_select(0, index.to(self.device))
-        self.memory = {n: x.index_select(0, index.to(x.device)) for n, x in self.memory.items()}
+        for memory in (self.memory, self.merger_memory):
+            memory.update({n: x.index_select(0, index.to(x.device)) for n, x in memory.items()})
         shared_out = self.plan.budget is not None and self.plan.budget.kind == "bytes"
         stale = self._capacity is None or (shared_out and self._capacity.shape[0] != len(host))
         self._capacity = None if stale or self._capacity is None else self._capacity[host]

@@ -11,7 +11,6 @@ from torch import Tensor
 from kvloom.core.block import Block, take_slots
 from kvloom.core.entries import Entries
 from kvloom.core.format import PAGE
-from kvloom.core.policy import Losers
 
 if TYPE_CHECKING:
     from kvloom.core.attend import Call
@@ -86,15 +85,6 @@ def _readers(
         return beside(None if old is None else old.float(), new)
 
     return keys, values, pre_rope_keys
-
-
-def losers_of(store: LayerStore, entries: Entries, lost: Tensor) -> Losers:
-    """The entries that `lost` (bool `[B, H, S]`) marks, for a merger."""
-    merger = store.plan.recipe.merger
-    before = merger is not None and "pre_rope_keys" in merger.needs
-    keys = entries.pre_rope_keys if before else entries.keys
-    mass = entries.meta.get("mass", torch.zeros(lost.shape, device=lost.device))
-    return Losers(keys.float(), entries.values.float(), mass, entries.positions, lost)
 
 
 def dense_of(store: LayerStore) -> tuple[Tensor, Tensor] | None:

@@ -46,7 +46,7 @@ def attention_from(entries: Entries, memory: dict[str, Tensor]) -> Tensor:
     queries, held, valid = memory["queries"], memory["held"], entries.valid
     B, H, G, n, _ = queries.shape
     S = valid.shape[-1]
-    newer = from_newest(valid)
+    newer, mass = from_newest(valid), entries.meta.get("mass")
     rank = torch.arange(n, 0, -1, device=valid.device)
     there = rank <= held[:, None]
     step = max(1, _BLOCK_ELEMENTS // max(1, B * S))
@@ -61,6 +61,8 @@ def attention_from(entries: Entries, memory: dict[str, Tensor]) -> Tensor:
                 logits = queries[:, h, g, part].float() @ keys * entries.scale
                 if entries.softcap is not None:
                     logits = entries.softcap * torch.tanh(logits / entries.softcap)
+                if mass is not None:
+                    logits = logits + mass[:, h, None]
                 weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
                 received[:, h, g] += weights.nan_to_num(0.0).sum(-2)  # NaN: it saw nothing
     return received / held.clamp_min(1)[:, None, None, None]

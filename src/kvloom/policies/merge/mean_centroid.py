@@ -10,23 +10,23 @@ output equals full attention exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from kvloom.core.block import Block
-from kvloom.core.policy import Losers, Merger
+from kvloom.core.merge import CentroidMerger, Losers
 
 
 @dataclass(frozen=True)
-class MeanCentroid(Merger):
+class MeanCentroid(CentroidMerger):
     """Fold all losers into one running mean; its position is the mean position of its members.
 
     Deviation from running means elsewhere: the centroid is kept in fp32, since a mean over
     thousands of tokens stops moving in a 16-bit dtype.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"pre_rope_keys", "positions"})
+    def dtype(self, model: torch.dtype) -> torch.dtype:
+        return torch.float32
 
     @property
     def centroids(self) -> int:

@@ -1,0 +1,36 @@
+"""Which survivor a loser goes to: the one whose key is most like its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+_BLOCK_ELEMENTS = 1 << 24  # similarities held at once: 64 MiB in fp32
+
+
+def nearest_open(keys: Tensor, lost: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
+    """For each entry, the open one of the largest cosine: index `[B, H, S]` and cosine `[B, H, S]`.
+
+    `keys [B, H, S, D]`; only where `lost` (bool `[B, H, S]`) is set the answer means anything, and
+    the cosine is -inf if nothing is open or the entry is not lost. Of equals the oldest wins.
+    """
+    unit = normalize(keys.float(), dim=-1)
+    B, H, S, _ = unit.shape
+    best = unit.new_full((B, H, S), float("-inf"))
+    index = torch.zeros(B, H, S, dtype=torch.int64, device=keys.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, B * H * S))
+    columns = lost.any(0).any(0).nonzero().flatten()  # decoding loses few of many
+    for part in columns.split(step):
+        cosine = unit[:, :, part] @ unit.transpose(2, 3)
+        cosine = cosine.masked_fill(~open_[:, :, None], float("-inf"))
+        best[:, :, part], index[:, :, part] = cosine.max(-1)
+    return best.masked_fill(~lost, float("-inf")), index
+
+
+def add_to(index: Tensor, weight: Tensor, into: Tensor, x: Tensor | None = None) -> Tensor:
+    """`into` plus, at `index [B, H, S]`, each entry's `weight [B, H, S]` (times `x [B, H, S, E]`)."""
+    if x is None:
+        return into.scatter_add(2, index, weight)
+    at = index[..., None].expand(*index.shape, x.shape[3])
+    return into.scatter_add(2, at, x * weight[..., None])

@@ -1,0 +1,72 @@
+"""MassFold: a loser's value and mass go to the nearest survivor; keys stay as they are (kvfold, 2026).
+
+    j -> i = argmax_kept cos(k_j, k_i)
+    v_i <- (m_i v_i + sum_j w_j m_j v_j) / (m_i + sum_j w_j m_j),   m_i <- m_i + sum_j w_j m_j
+    logit_i = q k_i / sqrt(d) + log m_i
+
+The bias is the proportional attention of ToMe (arXiv:2210.09461): an entry that stands for m tokens
+attends like m of them. KeepKV (arXiv:2504.09936) calls the same its electoral votes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvloom.core.merge import Group, Merged, SurvivorMerger
+from kvloom.core.policy import check
+from kvloom.policies.merge._nearest import add_to, nearest_open
+
+
+@dataclass(frozen=True)
+class MassFold(SurvivorMerger):
+    """Fold value and mass into the survivor with the most similar key.
+
+    Attributes:
+        weight: `"count"`: w = 1, so that masses add up to the tokens folded; `"score"`: w_j is the
+            ratio of the scorer's scores, score_j / score_i, at most 1, as published: a loser that
+            nobody looked at counts for less than the survivor that takes it in.
+        min_similarity: losers below this cosine are dropped.
+
+    Deviations: published for one compression after the prompt with one loser at a time; here masses
+    carry over from one compression to the next. Sinks take nothing in, as published.
+
+    Raises ValueError if `weight="score"` meets a score below 0: use a scorer that scores by attention.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
+
+    weight: str = "count"
+    min_similarity: float = -1.0
+
+    def __post_init__(self) -> None:
+        check(self, self.weight in ("count", "score"), "weight is 'count' or 'score'")
+        sound = type(self.min_similarity) in (int, float) and -1 <= self.min_similarity <= 1
+        check(self, sound, "min_similarity is a cosine, within -1..1")
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return ("mass",)
+
+    def merge(self, group: Group) -> Merged:
+        cosine, index = nearest_open(group.keys, group.lost, group.open)
+        folded = group.lost & (cosine >= self.min_similarity) & torch.isfinite(cosine)
+        mass = torch.exp(group.state["mass"])
+        added = (mass * self._weights(group, index)).masked_fill(~folded, 0.0)
+
+        total = add_to(index, added, mass)
+        summed = add_to(index, added, group.values * mass[..., None], group.values)
+        took = (total > mass)[..., None]
+        values = torch.where(took, summed / total[..., None], group.values)
+        return Merged(values, state={"mass": torch.log(total)}, folded=folded)
+
+    def _weights(self, group: Group, index: torch.Tensor) -> torch.Tensor:
+        if self.weight == "count":
+            return torch.ones_like(group.scores)
+        scores = group.scores.masked_fill(~(group.lost | group.kept), 0.0)
+        if bool((scores < 0).any()):
+            raise ValueError(f"{self}: a score is below 0, so that no ratio of scores makes sense; "
+                             "use weight='count', or a scorer that scores by attention")  # fmt: skip
+        return (scores / scores.gather(2, index).clamp_min(1e-20)).clamp_max(1.0)
