@@ -23,6 +23,11 @@ NONE = "none"
 VARIANTS = {
     "streaming_llm": ["streaming_llm(positions='original')"],
     "h2o": ["h2o(sinks=3)"],
+    "tova": ["tova(per_head=True)"],
+    "snapkv": ["snapkv(pooling='max')"],
+    "expected_attention": ["expected_attention(covariance=False)"],
+    "knorm": ["knorm(recent_fraction=0.5)"],
+    "kvquant": ["kvquant(bits=2, outliers=0.0)"],
     "dense": ["dense(rope='pre')"],
     "int4": ["int4(keys='channel')", "int4(hadamard='both', symmetric=True)"],
     "int3": ["int3(values='channel', value_bits=8, group=32, channels=32, hadamard='keys')"],
@@ -43,6 +48,14 @@ SCHEDULES = [
     "lazy(every=8, slack=12, max_drop=3, rule='final')",
 ]
 BUDGETS = ["entries", "bytes", "percent"]
+
+
+BESIDE = {
+    text
+    for name, texts in VARIANTS.items()
+    for text in texts
+    if name != "streaming_llm"  # whose default is in-cache, and tested elsewhere
+}
 
 
 def registered(kind: str) -> list[str]:

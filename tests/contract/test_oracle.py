@@ -34,15 +34,17 @@ FACTORS = {
 EACH = covering(FACTORS, 1, allowed)
 COVERING = [case for case in covering(FACTORS, 2, allowed) if case not in EACH]
 RANDOM = ("merger", "allocator", "schedule", "budget")
-# the ways in which formats differ for a cache; the product runs over these, pairs over all formats
+# The product runs over the ways in which formats differ for a cache, and over every scorer once; pairs
+# run over all formats and over the scorers' variants.
 KINDS = ["dense", "dense(rope='pre')", "int4", "int4(keys='channel')"]
+SCORERS = [s for s in FACTORS["scorer"] if s not in recipes.BESIDE]
 
 
 def rest() -> list[tuple[str, ...]]:
     cases = []
     plain = {"merger": NONE, "allocator": NONE, "schedule": "lazy", "budget": "entries"}
     assert set(KINDS) <= set(FACTORS["format"])
-    factors = {**FACTORS, "format": KINDS}
+    factors = {**FACTORS, "format": KINDS, "scorer": SCORERS}
     for values in product(*(v for name, v in factors.items() if name not in RANDOM)):
         base = dict(zip((name for name in FACTORS if name not in RANDOM), values, strict=True))
         draw = Random("/".join(values))
