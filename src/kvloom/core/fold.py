@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvloom.core.block import Block
+from kvloom.core.block import Block, take_slots
 from kvloom.core.entries import Entries
 from kvloom.core.format import PAGE
 from kvloom.core.merge import CentroidMerger, Group, Losers, Merged, SurvivorMerger
+from kvloom.kernels.layout import TILE
 
 if TYPE_CHECKING:
+    from kvloom.core.slab import Slab
     from kvloom.core.store import LayerStore
 
 
@@ -27,7 +30,7 @@ def fold_losers(
     merger, lost = store.plan.merger, entries.valid & ~keep
     if isinstance(merger, CentroidMerger):
         assert store.centroids is not None
-        losers = losers_of(entries, lost, merger)
+        losers = losers_of(store, entries, lost, pending, merger)
         store.centroids, store.merger_memory = merger.ingest(
             losers, store.centroids, store.merger_memory
         )
@@ -41,22 +44,61 @@ def fold_losers(
     return pending, 0
 
 
-def losers_of(entries: Entries, lost: Tensor, merger: CentroidMerger) -> Losers:
-    """The entries that `lost` (bool `[B, H, S]`) marks, side by side and in order."""
-    n = int(lost.sum(-1).max())
-    first = torch.argsort(~lost, dim=-1, stable=True)[..., :n]
+def losers_of(
+    store: LayerStore, entries: Entries, lost: Tensor, pending: Block, merger: CentroidMerger
+) -> Losers:
+    """The entries that `lost` (bool `[B, H, S]`) marks, side by side and in order.
 
-    def take(x: Tensor) -> Tensor:
-        if x.ndim == 3:
-            return x.gather(2, first)
-        return x.gather(2, first[..., None].expand(*first.shape, x.shape[3]))
+    Only tiles that some loser lies in are decoded.
+    """
+    sealed, parts, columns = lost.shape[2] - pending.longest, [], []
+    for slab, start, first, stop in _tiles_of(store, lost):
+        at = slice(start + first * TILE, start + stop * TILE)
+        keys, values = store.pool.decode_tiles(slab, first, stop)
+        parts.append((_as_folded(store, merger, keys, entries.positions[:, :, at], True), values))
+        columns.append(at)
+    exact = slice(sealed, lost.shape[2])
+    keys, values = (x[:, :, : pending.longest] for x in (pending.keys, pending.values))
+    parts.append((_as_folded(store, merger, keys, entries.positions[:, :, exact], False), values))
+    columns.append(exact)
 
-    keys = entries.keys if merger.rotated else entries.pre_rope_keys
+    mask = torch.cat([lost[:, :, at] for at in columns], 2)
+    order = torch.argsort(~mask, dim=-1, stable=True)[..., : int(mask.sum(-1).max())]
+
+    def meta(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, at] for at in columns], 2).gather(2, order)
+
     none = torch.zeros(lost.shape, device=lost.device)
-    mass, positions = entries.meta.get("mass", none), entries.positions
-    fields = (take(x) for x in (keys, entries.values, mass, positions, lost))
-    keys, values, mass, positions, valid = fields
-    return Losers(keys.float(), values.float(), mass, positions, valid)
+    keys, values = (take_slots(torch.cat([p[i].float() for p in parts], 2), order) for i in (0, 1))
+    return Losers(
+        keys, values, meta(entries.meta.get("mass", none)), meta(entries.positions), meta(lost)
+    )
+
+
+def _tiles_of(store: LayerStore, lost: Tensor) -> Iterator[tuple[Slab, int, int, int]]:
+    """Slabs with losers, how many slots lie before each, and the range of tiles with losers."""
+    start = 0
+    for slab in store.pool.slabs:
+        n = slab.pages * PAGE
+        some = lost[:, :, start : start + n].any(0).any(0).unflatten(0, (-1, TILE)).any(-1)
+        tiles = some.nonzero().flatten().tolist()
+        if tiles:
+            yield slab, start, tiles[0], tiles[-1] + 1
+        start += n
+
+
+def _as_folded(
+    store: LayerStore, merger: CentroidMerger, keys: Tensor, positions: Tensor, paged: bool
+) -> Tensor:
+    """Keys in the basis that the merger wants: rotated, or as before rotation."""
+    pre = paged and store.plan.pre_rope
+    if pre == (not merger.rotated):
+        return keys
+    rope = store.plan.rope
+    assert rope is not None
+    if merger.rotated:
+        return store.rotate(keys, positions)
+    return rope.unrotate(keys, positions)
 
 
 def _group(

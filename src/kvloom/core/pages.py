@@ -90,18 +90,21 @@ class PagePool:
         """Keys and values of all slabs side by side, `[B, H, S, D]`, dead slots included."""
         if not self.slabs:
             return None
-        parts = [self._decode_slab(slab) for slab in self.slabs]
+        parts = [self.decode_tiles(slab, 0, slab.pages * TILES) for slab in self.slabs]
         return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
 
-    def _decode_slab(self, slab: Slab) -> tuple[Tensor, Tensor]:
+    def decode_tiles(self, slab: Slab, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tiles `start .. stop` of every (row, head): `[B, H, tiles * 32, D]`."""
         segments = slab.segments()
         if len(segments) == 1 and segments[0].covers(*slab.first.shape):
-            return self.decode(segments[0], slab)
+            return self.decode(segments[0].tiles(start, stop), slab)
         keys = values = None
         for segment in segments:
-            k, v = self.decode(segment, slab)
+            if segment.pages * TILES <= start:
+                continue
+            k, v = self.decode(segment.tiles(start, min(stop, segment.pages * TILES)), slab)
             if keys is None or values is None:
-                shape = (*slab.first.shape, slab.pages * PAGE)
+                shape = (*slab.first.shape, (stop - start) * TILE)
                 keys, values = k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3])
             keys[segment.rows, segment.heads, : k.shape[2]] = k
             values[segment.rows, segment.heads, : v.shape[2]] = v

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.block import uniform
-from kvloom.core.format import PAGE
+from kvloom.core.format import PAGE, TILES
 from kvloom.kernels.layout import TILE
 
 
@@ -30,11 +30,15 @@ class Segment:
 
     def after(self, tiles: int) -> Segment:
         """The run without its first `tiles` tiles."""
+        return self.tiles(tiles, self.pages * TILES)
+
+    def tiles(self, start: int, stop: int) -> Segment:
+        """The tiles `start .. stop` of the run."""
         return replace(
             self,
-            slot={name: x[:, :, tiles * TILE :] for name, x in self.slot.items()},
-            tile={name: x[:, :, tiles:] for name, x in self.tile.items()},
-            index={name: x[:, :, tiles:] for name, x in self.index.items()},
+            slot={name: x[:, :, start * TILE : stop * TILE] for name, x in self.slot.items()},
+            tile={name: x[:, :, start:stop] for name, x in self.tile.items()},
+            index={name: x[:, :, start:stop] for name, x in self.index.items()},
         )
 
     def covers(self, rows: int, heads: int) -> bool:
