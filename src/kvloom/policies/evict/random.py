@@ -12,13 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvloom.core.entries import Entries
 from kvloom.core.policy import Scorer, check
-
-_WORD = (1 << 32) - 1
+from kvloom.policies._hash import draws
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,4 @@ class Random(Scorer):
         return (capacity.double() * self.recent_fraction).long()
 
     def score(self, entries: Entries) -> Tensor:
-        heads = torch.arange(entries.valid.shape[1], device=entries.valid.device)
-        word = _mix(torch.tensor(self.seed & _WORD, device=entries.valid.device))
-        for part in (entries.layer, heads[:, None], entries.positions.long()):
-            word = _mix(word ^ (part + 0x9E3779B9))
-        return (word >> 8).float() / (1 << 24)
-
-
-def _mix(word: Tensor) -> Tensor:
-    """Murmur3's 32-bit finalizer; int64 products wrap, and only their low 32 bits count."""
-    word = word & _WORD
-    word = ((word ^ (word >> 16)) * 0x85EBCA6B) & _WORD
-    word = ((word ^ (word >> 13)) * 0xC2B2AE35) & _WORD
-    return word ^ (word >> 16)
+        return draws(entries.positions, self.seed, entries.layer)
