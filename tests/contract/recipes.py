@@ -28,6 +28,9 @@ VARIANTS = {
     "expected_attention": ["expected_attention(covariance=False)"],
     "knorm": ["knorm(recent_fraction=0.5)"],
     "kvquant": ["kvquant(bits=2, outliers=0.0)"],
+    "nearest": ["nearest(keys=True)"],
+    "mass_fold": ["mass_fold(weight='score', min_similarity=0.3)"],
+    "cam": ["cam(spread=5, seed=3)"],
     "dense": ["dense(rope='pre')"],
     "int4": ["int4(keys='channel')", "int4(hadamard='both', symmetric=True)"],
     "int3": ["int3(values='channel', value_bits=8, group=32, channels=32, hadamard='keys')"],
@@ -48,6 +51,8 @@ SCHEDULES = [
     "lazy(every=8, slack=12, max_drop=3, rule='final')",
 ]
 BUDGETS = ["entries", "bytes", "percent"]
+# scorers whose scores may be below 0, and so are no shares of attention
+SIGNED = {"keydiff", "knorm", "recent", "streaming_llm"}
 
 
 BESIDE = {
@@ -81,9 +86,11 @@ def allowed(case: Case) -> bool:
     if scorer == NONE:  # nothing is evicted, so there is nothing to merge, share or schedule
         defaults = {"merger": NONE, "allocator": NONE, "schedule": "lazy", "budget": "entries"}
         return all(case.get(name, value) == value for name, value in defaults.items())
+    merger = case.get("merger", NONE)
     if scorer and in_cache(scorer):  # centroids keep original positions
-        return case.get("merger", NONE) == NONE
-    return True
+        return merger == NONE
+    shares = merger.startswith("cam") or "weight='score'" in merger
+    return not (shares and scorer and scorer.split("(")[0] in SIGNED)
 
 
 def in_cache(scorer: str) -> bool:

@@ -9,7 +9,7 @@ same goes for survivor mergers, which are asked for one head alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -98,9 +98,26 @@ class Survivors:
         self.memory = {} if merger is None else merger.memory(1, 1)
 
     def merge(self, merger: Any, group: Group, head: int) -> Merged:
+        if merger.name in DRAWS:
+            return _as_head(merger, group, head)
         made = merger.merge(group)
         self.memory = made.memory or self.memory
         return made
+
+
+DRAWS = {"cam"}  # what they do depends on which head it is
+
+
+def _as_head(merger: Any, group: Group, head: int) -> Merged:
+    """The group in the place of that head, behind copies of itself."""
+    tensors = {f.name: getattr(group, f.name) for f in fields(group)}
+    copies = {
+        name: x.expand(-1, head + 1, *x.shape[2:])
+        for name, x in tensors.items()
+        if isinstance(x, Tensor)
+    }
+    made = merger.merge(replace(group, **copies))
+    return Merged(made.values[:, head:], folded=made.folded[:, head:])
 
 
 ORACLES: dict[str, Callable[[Any, list[Batch], Centroids], Centroids]] = {

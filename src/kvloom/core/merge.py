@@ -25,14 +25,14 @@ Memory = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Merger(Policy):
-    """Base of both kinds.
-
-    Attributes:
-        conserves: whether every token that leaves is counted in the mass of some entry.
-    """
+    """Base of both kinds."""
 
     kind: ClassVar[str] = "merger"
-    conserves: ClassVar[bool] = True
+
+    @property
+    def conserves(self) -> bool:
+        """Whether every token that lives on is counted in the mass of some entry."""
+        return True
 
     @property
     def centroids(self) -> int:

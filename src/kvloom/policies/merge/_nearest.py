@@ -34,3 +34,12 @@ def add_to(index: Tensor, weight: Tensor, into: Tensor, x: Tensor | None = None)
         return into.scatter_add(2, index, weight)
     at = index[..., None].expand(*index.shape, x.shape[3])
     return into.scatter_add(2, at, x * weight[..., None])
+
+
+def mean_into(index: Tensor, weight: Tensor, own: Tensor, x: Tensor) -> Tensor:
+    """`x [B, H, S, E]` with each entry a weighted mean of itself, by `own [B, H, S]`, and of those
+    that go there, by `weight [B, H, S]`; what takes nothing in stays as it is, to the bit.
+    """
+    total = add_to(index, weight, own)
+    summed = add_to(index, weight, x * own[..., None], x)
+    return torch.where((total > own)[..., None], summed / total[..., None], x)

@@ -17,7 +17,7 @@ import torch
 
 from kvloom.core.merge import Group, Merged, SurvivorMerger
 from kvloom.core.policy import check
-from kvloom.policies.merge._nearest import add_to, nearest_open
+from kvloom.policies.merge._nearest import add_to, mean_into, nearest_open
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class MassFold(SurvivorMerger):
         check(self, sound, "min_similarity is a cosine, within -1..1")
 
     @property
+    def conserves(self) -> bool:
+        return self.weight == "count"
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         return ("mass",)
 
@@ -57,9 +61,7 @@ class MassFold(SurvivorMerger):
         added = (mass * self._weights(group, index)).masked_fill(~folded, 0.0)
 
         total = add_to(index, added, mass)
-        summed = add_to(index, added, group.values * mass[..., None], group.values)
-        took = (total > mass)[..., None]
-        values = torch.where(took, summed / total[..., None], group.values)
+        values = mean_into(index, added, mass, group.values)
         return Merged(values, state={"mass": torch.log(total)}, folded=folded)
 
     def _weights(self, group: Group, index: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,99 @@
+"""CaM, Cache Merging: an evicted value is spread over the survivors that follow it, now and then.
+
+    Zhang et al., ICML 2024 (PMLR 235:58840)
+
+    p_i = clamp(A_i / mean(A_j .. A_j+m), 0, 1),   mask_i ~ Bernoulli(p_i)
+    V_j <- V_j + mask_i V_i / m   for the m survivors j that follow i
+
+A is attention received. Keys do not change. In expectation attention loses nothing: the m carriers
+receive m mean(A) / m times p_i = A_i on behalf of V_i, unless p_i was clamped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvloom.core.merge import Group, Merged, SurvivorMerger
+from kvloom.core.policy import check
+from kvloom.policies._hash import draws
+
+_PURPOSE = 0xCA3  # with `random` as the scorer, one seed must not draw the same numbers twice
+
+
+@dataclass(frozen=True)
+class Cam(SurvivorMerger):
+    """Spread the values of losers over the next survivors, by chance, according to attention.
+
+    Attributes:
+        spread: m, over how many survivors, in the order of their positions; fewer if there are not
+            that many.
+        seed: of the chance. A draw is a hash of seed, layer, KV head and original position, so that
+            batching, padding and chunking cannot change it.
+
+    Deviations: A are the scorer's scores (accumulated for h2o, over a window for snapkv), where the
+    published code takes the attention of the current step. Its mean over the m carriers is the
+    paper's; the published code takes the mean over the whole recent window. Only survivors that may
+    be changed carry, and the mean is over those. With fewer than m of them V is divided by their
+    number, which keeps the expectation.
+
+    An audit (arXiv:2607.05399) found that it never triggered in the evaluation that it checked;
+    `stats().merged` over `stats().evicted` says how often it does.
+
+    Raises ValueError if a score is below 0: use a scorer that scores by attention.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"values", "positions"})
+
+    spread: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, type(self.spread) is int and self.spread > 0, "spread must be an int above 0")
+        check(self, type(self.seed) is int, "seed must be an int")
+
+    @property
+    def conserves(self) -> bool:
+        return False
+
+    def merge(self, group: Group) -> Merged:
+        scores = group.scores.masked_fill(~(group.lost | group.kept), 0.0).double()
+        if bool((scores < 0).any()):
+            raise ValueError(f"{self}: a score is below 0, so that it is no share of attention; use "
+                             "a scorer that scores by attention, such as h2o, snapkv or tova")  # fmt: skip
+        assert group.positions is not None
+        before = group.open.cumsum(-1)  # survivors up to here; the next one is number `before`
+        after = (before + self.spread).clamp_max(before[..., -1:])
+        carriers = after - before
+
+        order = torch.argsort(~group.open, dim=-1, stable=True)  # the slot of survivor number r
+        sums = (scores * group.open).gather(2, order).cumsum(-1)
+        sums = torch.cat([torch.zeros_like(sums[..., :1]), sums], -1)
+        mean = (sums.gather(2, after) - sums.gather(2, before)) / carriers.clamp_min(1)
+        chance = torch.where(mean > 0, scores / mean, (scores > 0).double())
+        draw = draws(group.positions, self.seed, _PURPOSE, group.layer)
+        folded = group.lost & (carriers > 0) & (draw < chance)
+
+        some = folded.any(0).any(0).nonzero().flatten()  # decoding loses few of many
+        first, stop, share = (x[..., some] for x in (before, after, folded / carriers.clamp_min(1)))
+        given = _between(first, stop, share[..., None] * group.values[:, :, some].double(), before)
+        took = _between(first, stop, folded[..., some, None].double(), before) > 0
+        values = torch.where(took & group.open[..., None], group.values + given, group.values)
+        return Merged(values.float(), folded=folded)
+
+
+def _between(first: Tensor, stop: Tensor, x: Tensor, before: Tensor) -> Tensor:
+    """For each survivor, the sum of all `x [B, H, N, E]` whose `first <= number < stop [B, H, N]`.
+
+    `before [B, H, S]`: survivors up to each slot, itself included.
+    """
+    B, H, N, E = x.shape
+    S = before.shape[2]
+    steps = x.new_zeros(B, H, S + 1, E)
+    for at, sign in ((first, 1), (stop, -1)):
+        steps.scatter_add_(2, at[..., None].expand(B, H, N, E), sign * x)
+    number = (before - 1).clamp_min(0)[..., None].expand(B, H, S, E)
+    return steps.cumsum(2).gather(2, number)

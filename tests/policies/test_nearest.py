@@ -1,0 +1,99 @@
+"""Means into the nearest survivor: each token counts the same, however many folds ago it came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvloom.policies.merge.nearest import Nearest
+from tests.policies.groups import (
+    Cell,
+    cells,
+    check_against,
+    check_in_caches,
+    check_rows,
+    random_group,
+)
+
+SEEDS = range(6)
+
+
+def oracle(average_keys):
+    def merged(cell: Cell, dtype):
+        keys, values = cell.keys.to(dtype).clone(), cell.values.to(dtype).clone()
+        members = {i: [i] for i in cell.open}
+        for j in cell.lost if cell.open else []:
+            members[cell.nearest(j)[0]].append(j)
+        for i, group in members.items():
+            if len(group) == 1:
+                continue
+            count = [1 + float(cell.state["taken"][j]) for j in group]
+            for x, source in ((values, cell.values), (keys, cell.keys)):
+                if x is values or average_keys:
+                    x[i] = sum(n * source[j].to(dtype) for n, j in zip(count, group, strict=True))
+                    x[i] /= sum(count)
+        return keys, values
+
+    return merged
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("keys", [False, True])
+def test_equals_the_loops(seed, keys):
+    group = random_group(seed, state=("taken",))
+    made = Nearest(keys=keys).merge(group)
+    assert (made.keys is not None) == keys
+    check_against(group, made, oracle(keys))
+    check_rows(Nearest(keys=keys), group)
+
+
+def test_everything_finds_a_place_where_one_is_open():
+    group = random_group(1, state=("taken",))
+    made = Nearest().merge(group)
+    for cell in cells(group):
+        folded = made.folded[cell.row, cell.head]
+        assert int(folded.sum()) == (len(cell.lost) if cell.open else 0)
+    assert not made.folded[0, 1].any() and group.lost[0, 1].any()
+
+
+def test_counts_are_the_tokens():
+    group = random_group(2, state=("taken",))
+    made = Nearest().merge(group)
+    for cell in cells(group):
+        if cell.open:
+            before = sum(1 + float(cell.state["taken"][j]) for j in [*cell.open, *cell.lost])
+            after = 1 + made.state["taken"][cell.row, cell.head][cell.open]
+            assert float(after.sum()) == before
+
+
+def test_a_mean_of_folds_is_the_mean_of_all():
+    """Three tokens, one fold after the other, into the same survivor."""
+    value, state = torch.tensor([2.0, 4.0, 9.0, 1.0]), torch.zeros(1, 1, 4)
+    values = value.view(1, 1, 4, 1)
+    for j in range(3):
+        lost = torch.zeros(1, 1, 4, dtype=torch.bool)
+        lost[..., j] = True
+        kept = torch.tensor([[[False, False, False, True]]])
+        group = random_group(0, B=1, H=1, S=4, values=values, lost=lost, kept=kept, open=kept)
+        group.state = {"taken": state}
+        made = Nearest().merge(group)
+        values, state = made.values, made.state["taken"]
+    assert float(values[0, 0, 3, 0]) == pytest.approx(4.0)
+    assert float(state[0, 0, 3]) == 3
+
+
+@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("scorer", ["h2o", "snapkv(window=16)", "knorm"])
+@pytest.mark.parametrize("keys", [False, True])
+def test_in_caches(monkeypatch, scorer, fmt, keys):
+    recipe = f"{scorer} | nearest(keys={keys}) | {fmt}"
+    cache = check_in_caches(monkeypatch, Nearest, recipe, oracle(keys))
+    stats = cache.stats()
+    assert 0 < stats.merged <= stats.evicted
+    assert fmt != "dense" or stats.merged == stats.evicted
+
+
+@pytest.mark.parametrize("bad", [1, None, "yes"])
+def test_bad_parameters_are_restated(bad):
+    with pytest.raises(ValueError, match=r"nearest\(keys=.*: keys is True or False"):
+        Nearest(keys=bad)
