@@ -67,6 +67,16 @@ def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Te
 
     `new` are the tokens of this forward as a causal chunk, or None if they are in the tail.
     """
+    parts = partials(store, call, new)
+    if store.plan.observes or call.sink_logits is not None:
+        return ops.combine(parts, call.sink_logits)
+    return ops.combine_outputs(parts), None
+
+
+def partials(
+    store: LayerStore, call: Call, new: Block | None, centroids: bool = True
+) -> list[Partial]:
+    """Every tier's `(out, lse)`, as `attend` combines them; those of the centroids can be left out."""
     parts: list[Partial] = []
     pinned = _pinned(store)
     if pinned is not None:
@@ -79,13 +89,11 @@ def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Te
             parts.append(_slab_partial(store, slab, turned))
     if with_tail is not None:
         parts.append(_partial(with_tail, call, call.query))
-    if store.centroids is not None and store.centroids.longest:
+    if centroids and store.centroids is not None and store.centroids.longest:
         parts.append(_partial(*centroid_tier(store, call)))
     rest = _exact_tiers(store, call, new, tail=with_tail is None)
     parts += [_partial(tier, call, call.query) for tier in rest]
-    if store.plan.observes or call.sink_logits is not None:
-        return ops.combine(parts, call.sink_logits)
-    return ops.combine_outputs(parts), None
+    return parts
 
 
 def _partial(tier: Tier, call: Call, query: Tensor) -> Partial:
