@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvloom.cli import analyze
 from kvloom.cli._console import console, one_line_errors
 from kvloom.core import registry
 from kvloom.evaluation.recompute import Recompute
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Every way of shrinking an LLM's KV cache, in one cache.",
 )
+app.add_typer(analyze.app, name="analyze")
 KINDS = ("scorer", "schedule", "allocator", "merger", "format")
 
 

@@ -286,21 +286,33 @@ class Row:
     series: Series
 
     def to_json(self) -> str:
-        """One line; numbers that are not finite become text, since JSON has none."""
-        fields = {"schema": SCHEMA, "version": VERSION, **dataclasses.asdict(self)}
-        return json.dumps(_spelled(fields), separators=(",", ":"), allow_nan=False)
+        """One line; see `to_line`."""
+        return to_line(self, SCHEMA, VERSION)
 
     @classmethod
     def from_json(cls, line: str) -> Row:
         """Read a line. Raises ValueError if it is of another schema or version, or lacks a field."""
-        fields = json.loads(line)
-        if not isinstance(fields, dict) or fields.pop("schema", None) != SCHEMA:
-            raise ValueError(f"not a row of schema {SCHEMA!r}")
-        version = fields.pop("version", None)
-        if version != VERSION:
-            raise ValueError(f"schema {SCHEMA!r} version {version}, this kvloom reads {VERSION}")
-        row: Row = _read(cls, fields, "row")
+        row: Row = from_line(cls, line, SCHEMA, VERSION)
         return row
+
+
+def to_line(row: Any, schema: str, version: int) -> str:
+    """A dataclass as one line; numbers that are not finite become text, since JSON has none."""
+    fields = {"schema": schema, "version": version, **dataclasses.asdict(row)}
+    return json.dumps(_spelled(fields), separators=(",", ":"), allow_nan=False)
+
+
+def from_line(kind: Any, line: str, schema: str, version: int) -> Any:
+    """A line as the dataclass `kind`. Raises ValueError on another schema or version, or a field that
+    is missing, unknown or of another type.
+    """
+    fields = json.loads(line)
+    if not isinstance(fields, dict) or fields.pop("schema", None) != schema:
+        raise ValueError(f"not a row of schema {schema!r}")
+    found = fields.pop("version", None)
+    if found != version:
+        raise ValueError(f"schema {schema!r} version {found}, this kvloom reads {version}")
+    return _read(kind, fields, "row")
 
 
 def _spelled(value: Any) -> Any:
