@@ -43,6 +43,15 @@ VARIANTS = {
 INSTEAD = {
     "weighted": ["weighted(layers=(1.5, 0.7, 1.0), heads=(1.0, 0.6))"],
     "kivi": ["kivi(residual=8)"],  # 128 would keep everything exact
+    "mp_kvm": [  # 64 centroids would leave little of the capacity
+        "mp_kvm(max_centroids=6, adaptive_threshold=True)",
+        "mp_kvm(max_centroids=5, similarity_threshold=0.4, min_merge_similarity=0.5, update='ema', "
+        "ema=0.8, init_preserve_first_n=2, positions='slot', block=1)",
+        "mp_kvm(max_centroids=6, metric='euclidean', similarity_threshold=-2.0, mass_bias=False, "
+        "positions='positionless', flush_threshold=4, flush_interval=20)",
+        "mp_kvm(max_centroids=7, rope='post', sample_stride=2, max_injected_centroids=3, "
+        "per_layer_injection=(0,))",
+    ],
 }
 SCHEDULES = [
     "lazy",  # strict

@@ -303,7 +303,7 @@ def _others(default):
         return [default / 3, default + 0.3, default * 7]
     if isinstance(default, tuple):
         return [default * 2]
-    return [1, 3, 0.3, "x", (1.0, 2.0)] if default is None else []
+    return [1, 3, 0.3, "x", (1.0, 2.0), (0, 1)] if default is None else []
 
 
 def _changed(policy, name, value):

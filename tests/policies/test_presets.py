@@ -9,6 +9,7 @@ from kvloom import CompressedCache, Lazy, Recipe
 from kvloom.core import registry
 from kvloom.policies.evict.knorm import Knorm
 from kvloom.policies.evict.streaming_llm import StreamingLLM
+from kvloom.policies.merge.mp_kvm import MPKVM
 from tests.models import build, tokens
 
 # name -> S, W, R, slack, max_drop
@@ -35,6 +36,30 @@ KNORM = {
     "knormpress_extreme_70": (0.7, 32),
 }
 
+# name -> what differs from `mp_kvm_published`
+MP_KVM = {
+    "mp_kvm_published": {},
+    "mp_kvm_aggregator": {"max_centroids": 512, "flush_threshold": 256, "flush_interval": 100},
+    "mp_kvm_ema": {"update": "ema", "ema": 0.99},
+}
+
+
+@pytest.mark.parametrize("name", MP_KVM)
+def test_mp_kvm_presets_are_the_published_settings(name):
+    published = {
+        "window_size": 4096, "sinks": 0, "max_centroids": 1024, "similarity_threshold": 0.8,
+        "per_head_clustering": False, "positions": "positionless", "max_injected_centroids": 256,
+    }  # fmt: skip
+    recipe = Recipe.parse(name)
+    assert recipe == Recipe(merger=MPKVM(**{**published, **MP_KVM[name]}))
+    assert recipe.scorer == StreamingLLM(0, 4096, "original")
+    model = build("llama")
+    cache = CompressedCache(model, name)
+    model(tokens(4200), past_key_values=cache)
+    store = cache.compressed[0].store
+    assert (store.stored == 4096).all() and bool((store.centroids.count > 0).all())
+    assert store.plan.centroids == store.centroids.keys.shape[2]
+
 
 @pytest.mark.parametrize("name", STREAMING)
 def test_streaming_presets_are_the_published_settings(name):
@@ -57,7 +82,7 @@ def test_knormpress_presets_are_the_published_settings(name):
 
 def test_every_evicting_preset_is_listed_above_and_all_round_trip():
     evicting = {name for name in registry.presets() if Recipe.parse(name).evicts}
-    assert evicting == {*STREAMING, *KNORM, "knormpress_fixed"}
+    assert evicting == {*STREAMING, *KNORM, "knormpress_fixed", *MP_KVM}
     for name in registry.presets():
         assert Recipe.parse(str(Recipe.parse(name))) == Recipe.parse(name)
 

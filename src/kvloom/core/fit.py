@@ -19,9 +19,9 @@ def check(plan: LayerPlan) -> None:
                 "its bytes follow from its format; add a scorer or drop the budget"
             )
         return
-    if plan.merger is not None:
-        plan.merger.fit(plan)
-    if plan.centroids and scorer.in_cache:
+    if recipe.merger is not None:
+        recipe.merger.fit(plan)
+    if plan.fullest.centroids and scorer.in_cache:
         raise ValueError(
             f"recipe '{recipe}': a centroid keeps its members' original positions, which in-cache "
             "positions leave behind; say positions='original'"
@@ -43,7 +43,7 @@ def check(plan: LayerPlan) -> None:
         raise ValueError(
             f"budget {str(budget)!r} with recipe '{recipe}': this schedule has no bound"
         )
-    _check_floor(plan)
+    _check_floor(plan.fullest)
 
 
 def _check_own_rules(plan: LayerPlan, scorer: Scorer) -> None:

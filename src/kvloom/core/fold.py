@@ -34,7 +34,7 @@ def fold_losers(
         store.centroids, store.merger_memory = merger.ingest(
             losers, store.centroids, store.merger_memory
         )
-        return pending, None
+        return pending, merger.taken(losers)
     if isinstance(merger, SurvivorMerger):
         group = _group(store, entries, keep, lost, pending.longest, merger)
         merged = merger.merge(group)

@@ -118,6 +118,10 @@ class CentroidMerger(Merger):
         """`fold` for mergers that remember something between folds."""
         return self.fold(losers, centroids), memory
 
+    def taken(self, losers: Losers) -> int | None:
+        """How many of the losers are folded, the others dropped; None: all."""
+        return None
+
     def bias(self, centroids: Block) -> Tensor:
         """What is added to the centroids' logits, `[B, H, n]`; -inf hides one."""
         return centroids.meta["mass"]

@@ -82,6 +82,13 @@ class LayerPlan:
         return merger if merger is not None and merger.serves(self.layer) else None
 
     @cached_property
+    def fullest(self) -> LayerPlan:
+        """The plan of the first layer that the merger serves: no layer needs more room."""
+        merger = self.recipe.merger
+        served = [i for i in range(self.layers) if merger is not None and merger.serves(i)]
+        return replace(self, layer=served[0]) if served else self
+
+    @cached_property
     def centroids(self) -> int:
         """How many centroids each head keeps."""
         return 0 if self.merger is None else self.merger.centroids
@@ -301,7 +308,7 @@ class LayerPlan:
 
     def floor(self) -> int:
         """The least bytes of the whole cache for one row: `least` entries in every head."""
-        least = self.layers * self.ceiling(torch.full((1, self.heads), self.least))
+        least = self.layers * self.fullest.ceiling(torch.full((1, self.heads), self.least))
         return least + self.other_nbytes
 
     @property
