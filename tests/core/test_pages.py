@@ -47,6 +47,8 @@ class Model:
         self.pool = PagePool(fmt, place, torch.float32, torch.device("cpu"), B, meta)
         self.readers = [[Cell(fmt, place, h) for h in range(H)] for _ in range(B)]
         self.cells: list[list[list[list[Entry]]]] = [[[] for _ in range(H)] for _ in range(B)]
+        self.newest = [[0] * H for _ in range(B)]  # how many entries were sealed last
+        self.former: list[list[dict]] = [[{} for _ in range(H)] for _ in range(B)]
         self.next = 0
         self.generator = torch.Generator().manual_seed(7)
 
@@ -67,6 +69,9 @@ class Model:
                       {"positions": names.clone(), "state": state})  # fmt: skip
         cap = None if limit is None else torch.full((B, H), limit)
         self.pool.seal(block, torch.tensor(pages), cap)
+        if any(map(any, pages)):
+            self.former = [[reader.statistics for reader in row] for row in self.readers]
+            self.newest = [[n * PAGE for n in row] for row in pages]
         for b in range(B):
             for h in range(H):
                 n = pages[b][h] * PAGE
@@ -109,13 +114,16 @@ class Model:
         )
 
     def drop_newest(self, n: list[list[int]]) -> None:
-        if not self.pool.slabs:
-            return
+        if not self.pool.slabs or not self.pool.can_drop(torch.tensor(n)):
+            return  # a store refuses what the statistics cannot follow
         self.pool.drop_newest(torch.tensor(n))
         for b, row in enumerate(n):
             for h, count in enumerate(row):
                 live = self.live(b, h)
                 kept = {e.name for e in live[: len(live) - count]}
+                if count and count == self.newest[b][h]:
+                    self.readers[b][h].statistics = self.former[b][h]
+                    self.newest[b][h] = 0
                 self.cells[b][h] = [
                     [e for e in tile if e.name in kept] for tile in self.cells[b][h]
                 ]
@@ -124,6 +132,7 @@ class Model:
         self.pool.rows(torch.tensor(index))
         self.cells = [[list(cell) for cell in self.cells[i]] for i in index]
         self.readers = [deepcopy(self.readers[i]) for i in index]
+        self.former, self.newest = ([list(x[i]) for i in index] for x in (self.former, self.newest))
 
     def compact(self) -> None:
         if self.pool.slabs:
@@ -150,7 +159,7 @@ class Model:
         used = [slab for slab in pool.slabs if slab.pages]
         if not used:
             return
-        read = [pool._decode_slab(slab) for slab in used]
+        read = [pool.decode_tiles(slab, 0, slab.pages * TILES) for slab in used]
         keys, values = (torch.cat(x, 2) for x in zip(*read, strict=True))
         valid = torch.cat([slab.valid() for slab in used], 2)
         meta = {
@@ -185,7 +194,7 @@ def stored(slab: Slab) -> list[torch.Tensor]:
 def nbytes(pool: PagePool, what: str = "all") -> int:
     """Bytes of unique storages."""
     tensors = [t for slab in pool.slabs for t in stored(slab)]
-    tensors = tensors if what == "codes" else pool.tensors()
+    tensors = tensors if what == "codes" else [t for part in pool.parts() for t in part]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -227,8 +236,14 @@ def operate(data, model: Model) -> None:
         model.rows(draw(st.lists(st.integers(0, B - 1), min_size=1, max_size=3)))
     else:
         live = [[len(model.live(b, h)) for h in range(H)] for b in range(B)]
-        n = draw(st.sampled_from([0, 1, 40, 200]))
-        model.drop_newest([[min(n, x) for x in row] for row in live])
+        n = draw(st.sampled_from([0, 1, 40, 200, "sealed last"]))
+        wanted = model.newest if isinstance(n, str) else [[n] * H] * B
+        model.drop_newest(
+            [
+                [min(a, x) for a, x in zip(*pair, strict=True)]
+                for pair in zip(wanted, live, strict=True)
+            ]
+        )
 
 
 @pytest.mark.parametrize("name", FORMATS)

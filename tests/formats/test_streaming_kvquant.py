@@ -17,7 +17,7 @@ from kvloom.formats.streaming_kvquant import StreamingKVQuant
 from kvloom.positions.rope import RopeSpec
 from tests.formats.reading import Cell, place_of
 from tests.formats.streaming import Stream
-from tests.models import build, generate, left_padded
+from tests.models import build, generate, left_padded, tokens
 
 KEY, VALUE = 8, 6
 ROPE = RopeSpec(torch.tensor([1.0, 0.3, 0.05]), 6)  # two of eight channels are not turned
@@ -445,6 +445,72 @@ def test_padding_is_in_no_statistic():
     batch, alone = (c.layers[0].store.pool.statistics for c in caches)
     torch.testing.assert_close(batch["key_peak"][1], alone["key_peak"][0], rtol=1e-5, atol=1e-6)
     assert batch["updates"].tolist() == [[2, 2], [1, 1]]
+
+
+SHORT = "streaming_kvquant(chunk=64)"
+
+
+def same_from_here(model, ids, *caches):
+    """Whether caches answer alike, over more pages too."""
+    answers = [[model(part, past_key_values=c).logits for part in ids.split(90, 1)] for c in caches]
+    return all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+
+
+def test_a_crop_over_a_page_border_takes_the_statistics_back():
+    model, ids = build("llama"), tokens(600)
+    cropped, fresh = CompressedCache(model, SHORT), CompressedCache(model, SHORT)
+    for cache in (cropped, fresh):
+        model(ids[:, :260], past_key_values=cache)  # 4 sinks, 4 pages
+    before = [dict(layer.store.pool.statistics) for layer in cropped.layers]
+    model(7 + ids[:, 260:404] % 50, past_key_values=cropped)
+    moved = [layer.store.pool.statistics for layer in cropped.layers]
+    assert all(
+        not torch.equal(a["key_peak"], b["key_peak"]) for a, b in zip(before, moved, strict=True)
+    )
+    cropped.crop(-144)  # 16 of the tail, 2 pages
+    for layer, statistics in zip(cropped.layers, before, strict=True):
+        assert layer.store.pool.statistics.keys() == statistics.keys()
+        for name, x in statistics.items():
+            assert torch.equal(layer.store.pool.statistics[name], x), name
+    assert same_from_here(model, ids[:, 260:], cropped, fresh)
+
+
+@pytest.mark.parametrize(("first", "crop"), [(256, 144), (260, 145), (260, 100), (260, 17)])
+def test_a_crop_that_the_statistics_cannot_follow_is_refused(first, crop):
+    """A part of what was sealed last, or more: nothing changes, and cropping the tail still works."""
+    model, ids = build("llama"), tokens(600)
+    cache, fresh = CompressedCache(model, SHORT), CompressedCache(model, SHORT)
+    for c in (cache, fresh):
+        model(ids[:, :first], past_key_values=c)
+        model(ids[:, first:404], past_key_values=c)
+    with pytest.raises(
+        RuntimeError, match=f"newest {crop} tokens: the format's statistics .* most 1"
+    ):
+        cache.crop(-crop)
+    assert cache.get_seq_length() == 404
+    model(ids[:, 404:410], past_key_values=cache)
+    cache.crop(-6)
+    assert same_from_here(model, ids[:, 404:], cache, fresh)
+
+
+def test_former_statistics_follow_the_rows():
+    """After a reorder the newest pages can still be taken back, each row's with its own statistics."""
+    fmt = StreamingKVQuant(chunk=64)
+    pool, alone = pool_of(fmt, rows=2), pool_of(fmt)
+    keys, values = pages_of(8, rows=2)
+    for start, stop in ((0, 4), (4, 6)):
+        seal(pool, keys[:, :, start:stop], values[:, :, start:stop])
+    seal(alone, keys[1:, :, :4], values[1:, :, :4])
+    pool.rows(torch.tensor([1, 0, 1]))
+    two = torch.full((3, 1), 2 * PAGE)
+    assert pool.can_drop(two) and not pool.can_drop(two - 1) and not pool.can_drop(two + 1)
+    pool.drop_newest(two)
+    for name, x in alone.statistics.items():
+        assert torch.equal(pool.statistics[name][0], x[0]) and torch.equal(
+            pool.statistics[name][2], x[0]
+        )
+        assert not torch.equal(pool.statistics[name][1], x[0]) or name == "updates"
+    assert not pool.can_drop(two)
 
 
 def test_cells_that_seal_nothing_keep_their_statistics():

@@ -237,6 +237,35 @@ def test_crop_after_a_forward_that_broke_off():
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
+@pytest.mark.parametrize(
+    "recipe", ["streaming_kvquant(chunk=64)", "int4", "kivi(residual=32)", "kvquant"]
+)
+@pytest.mark.parametrize("first", [10, 256])
+def test_a_forward_that_broke_off_leaves_no_trace(recipe, first):
+    """Pages that earlier layers sealed, from their exact tails on: tails and statistics are back."""
+    model, ids = build("llama"), tokens(600)
+    broken, whole = CompressedCache(model, recipe), CompressedCache(model, recipe)
+    for cache in (broken, whole):
+        model(ids[:, :first], past_key_values=cache)
+
+    def fail(*args):
+        raise RuntimeError("broken")
+
+    hook = model.model.layers[2].register_forward_pre_hook(fail)
+    sealed = broken.layers[0].store.counters.sealed
+    for n in (144, 1, 200):
+        with pytest.raises(RuntimeError, match="broken"):
+            model(ids[:, :n], past_key_values=broken)
+    hook.remove()
+    assert broken.layers[0].store.counters.sealed > sealed
+    assert broken.get_seq_length() == first
+    for part in ids[:, first:].split(90, 1):
+        got, want = (model(part, past_key_values=c).logits for c in (broken, whole))
+        assert torch.equal(got, want)
+    held = broken.layers[0].store
+    assert held.sealing is None and not broken.context.committed
+
+
 @pytest.mark.parametrize("recipe", ["h2o", "streaming_llm", "recent | weighted(heads=(1.0, 0.3))"])
 def test_an_attention_switched_afterwards_is_noticed(recipe):
     model = build("llama")

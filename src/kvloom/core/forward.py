@@ -50,6 +50,20 @@ class Forward:
         return block.each(lambda x: x[:, :, :kept], block.count - drop)
 
 
+@dataclass(frozen=True)
+class Sealing:
+    """What takes back a commit that sealed entries.
+
+    Attributes:
+        tokens: valid tokens per row that it brought, host int64 `[B]`. tail: as it was before.
+        entries: how many were sealed, host int64 `[B, H]`.
+    """
+
+    tokens: Tensor
+    tail: Block
+    entries: Tensor
+
+
 @dataclass
 class Counters:
     """What happened in a layer so far."""

@@ -47,6 +47,8 @@ class PagePool:
         self.live = torch.zeros_like(self.pages)
         self.stuck = torch.zeros_like(self.pages)
         self.statistics: dict[str, Tensor] = {}
+        self.former: dict[str, Tensor] = {}  # statistics before the newest sealing
+        self.newest = torch.zeros_like(self.pages)  # entries of each cell sealed by it
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -54,8 +56,8 @@ class PagePool:
         """What holds keys and values, and the books about it."""
         codes = [t for slab in self.slabs for t in slab.codes()]
         books = [t for slab in self.slabs for t in slab.books()]
-        formats = [*self.statistics.values(), *self.tables.values()]
-        return codes, [*books, self.pages, self.live, self.stuck, *formats]
+        formats = [*self.statistics.values(), *self.former.values(), *self.tables.values()]
+        return codes, [*books, self.pages, self.live, self.stuck, self.newest, *formats]
 
     def stored(self, segment: Segment, slab: Slab) -> Stored:
         """A run as the format reads it; only sets are gathered, the rest are views."""
@@ -121,7 +123,9 @@ class PagePool:
         if not bool((pages > 0).any()):
             return
         encoded = self.format.encode(self._batch(block, pages), self.statistics)
-        self.statistics = encoded.statistics or self.statistics
+        if encoded.statistics:
+            self.former, self.statistics = self.statistics, encoded.statistics
+            self.newest = pages * PAGE
         self._store(block, pages, encoded, limit)
 
     def _store(self, block: Block, pages: Tensor, encoded: Encoded, limit: Tensor | None) -> None:
@@ -313,8 +317,26 @@ class PagePool:
             slab.live, n = slab.live - mine, n - mine
         self.recount()
 
+    def can_drop(self, n: Tensor) -> bool:
+        """Whether the statistics can follow if the newest `n` (host `[B, H]`) live entries are forgotten:
+        in each cell none, or exactly what was sealed last.
+        """
+        return not self.statistics or bool(((n == 0) | (n == self.newest)).all())
+
+    def _statistics_before(self, n: Tensor) -> None:
+        """Take back the statistics of the cells that forget the `n` entries sealed last."""
+        back = (n > 0) & (n == self.newest)
+        for name, x in self.statistics.items():
+            former = self.former.get(name, torch.zeros_like(x))
+            here = back.to(x.device).view(*back.shape, *[1] * (x.ndim - 2))
+            self.statistics[name] = torch.where(here, former, x)
+        self.newest = self.newest.masked_fill(back, 0)
+
     def drop_newest(self, n: Tensor) -> None:
-        """Forget the newest `n` (host `[B, H]`) live entries; trailing pages become free again."""
+        """Forget the newest `n` (host `[B, H]`) live entries (see `can_drop`); trailing pages become free
+        again, and statistics are what they were.
+        """
+        self._statistics_before(n)
         valid = torch.cat([slab.valid() for slab in self.slabs], dim=2)
         newer = from_newest(valid)
         self.evict(newer > n.to(valid.device)[..., None])
@@ -330,9 +352,11 @@ class PagePool:
 
     def rows(self, index: Tensor) -> None:
         """Select rows by reference, then drop storage that no row uses if it is most of a slab."""
-        self.statistics = {
-            n: x.index_select(0, index.to(x.device)) for n, x in self.statistics.items()
-        }
+        self.statistics, self.former = (
+            {n: x.index_select(0, index.to(x.device)) for n, x in held.items()}
+            for held in (self.statistics, self.former)
+        )
+        self.newest = self.newest[index.to("cpu")]
         fewer = index.numel() < self.pages.shape[0]  # rows are gone for good: keep nothing of them
         for slab in self.slabs:
             slab.rows(index)

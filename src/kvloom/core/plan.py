@@ -165,7 +165,9 @@ class LayerPlan:
 
     @cached_property
     def format_nbytes(self) -> float:
-        """Bytes per (row, head) of what the format carries: statistics, and tables (of one row)."""
+        """Bytes per (row, head) of what the format carries: statistics, now and before the newest
+        sealing, and tables (of one row).
+        """
         dtype, place = self.dtype, self.place
         if place.rope is None:  # not known before the first token; sizes do not depend on it
             place = replace(
@@ -177,7 +179,7 @@ class LayerPlan:
         values = torch.zeros(self.heads, PAGE, self.value_dim, dtype=dtype)
         heads = torch.arange(self.heads)
         batch = PageBatch(keys, values, owner, heads, 1, self.heads, tables)
-        held = [*tables.values(), *self.format.encode(batch, {}).statistics.values()]
+        held = [*tables.values(), *2 * list(self.format.encode(batch, {}).statistics.values())]
         return sum(x.untyped_storage().nbytes() for x in held) / self.heads
 
     @cached_property

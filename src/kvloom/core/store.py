@@ -12,7 +12,7 @@ from kvloom.core.budget import CellCost
 from kvloom.core.compaction import compact
 from kvloom.core.compress import compress_if_due
 from kvloom.core.format import PAGE
-from kvloom.core.forward import Counters, Forward, last_valid
+from kvloom.core.forward import Counters, Forward, Sealing, last_valid
 from kvloom.core.merge import Memory
 from kvloom.core.pages import PagePool
 from kvloom.core.plan import QUERIES, LayerPlan
@@ -40,6 +40,7 @@ class LayerStore:
             plan.fills_pages,
         )  # fmt: skip
         self.open: Slab | None = None  # the slab whose next page the tail is filling
+        self.sealing: Sealing | None = None  # what the last commit sealed, until `settled`
         self.seen = torch.zeros(B, dtype=torch.int64)
         self.since = none  # tokens since the last compression, per (row, head)
         self.next_position = torch.zeros(B, dtype=torch.int64, device=device)
@@ -78,9 +79,10 @@ class LayerStore:
         codes, books = self.pool.parts()
         counters = [self.seen, self.since, self._one_each, self._one_slot, self.next_position]
         counters += [self._capacity_at] + ([] if self._capacity is None else [self._capacity])
+        before = [] if self.sealing is None else self.sealing.tail.tensors()
         return {
             "pages": codes,
-            "tail": self.tail.tensors(),
+            "tail": self.tail.tensors() + before,
             "page metadata": books,
             "sinks": [] if self.sinks is None else self.sinks.tensors(),
             "centroids": [] if self.centroids is None else self.centroids.tensors(),
@@ -194,6 +196,7 @@ class LayerStore:
 
         `drop` leaves out the newest columns (rejected drafts of assisted decoding).
         """
+        self.sealing = None
         new = None if forward.in_tail else forward.without_newest(drop)
         self._observe(forward, new)
         self.seen = self.seen + forward.tokens
@@ -288,7 +291,7 @@ class LayerStore:
         if pending.longest >= PAGE + self.plan.format.residual:
             pages = (pending.count - self.plan.format.residual).clamp_min(0) // PAGE
             try:
-                self._seal(pending, pages, limit)
+                self._seal(pending, pages, limit, forward)
             except Exception:  # a format failed: everything stays exact
                 self.tail = pending.owned(pending.longest)
                 raise
@@ -331,7 +334,7 @@ class LayerStore:
             compact(self.pool)
             self.counters.compactions += 1
 
-    def _seal(self, pending: Block, pages: Tensor, limit: Tensor | None) -> None:
+    def _seal(self, pending: Block, pages: Tensor, limit: Tensor | None, forward: Forward) -> None:
         if pending is self.tail and self.open is not None:  # one page, full, and where it belongs
             self.pool.close_page()
             self.counters.sealed += pages.numel() * PAGE
@@ -344,6 +347,9 @@ class LayerStore:
                 self._unrotated(block.keys, block, n), block.values, block.count, block.meta
             )
         self.pool.seal(block, pages, limit)
+        if not self.plan.format.in_place:  # what is sealed is no longer exact
+            kept = self.tail.count - 1 if forward.in_tail else self.tail.count
+            self.sealing = Sealing(forward.tokens, self.tail.shrunk(kept), pages * PAGE)
         self.counters.sealed += int(pages.sum()) * PAGE
         if self.plan.evicts:
             self.reclaim()
@@ -359,6 +365,7 @@ class LayerStore:
             return
         if len(host) != len(self.seen):
             fit.check_rows(self.plan, len(host))
+        self.settled()
         self.tail, self.open = self.tail.rows(index), None
         self.sinks = self.sinks.rows(index) if self.sinks is not None else None
         self.centroids = self.centroids.rows(index) if self.centroids is not None else None
@@ -374,13 +381,39 @@ class LayerStore:
         self._capacity_at = self._capacity_at[host]
         self.pool.rows(index)
 
+    def settled(self) -> None:
+        """The forward has ended in every layer: nobody will want it taken back."""
+        self.sealing = None
+
     def check_drop(self, n: int) -> None:
-        """Raise RuntimeError if some of the newest `n` tokens may be gone already."""
+        """Raise RuntimeError if some of the newest `n` tokens may be gone already, or the format's
+        statistics have gone on since in a way that cannot be taken back.
+        """
         if n > int(self.since.min()):
             raise RuntimeError(
                 f"cannot remove the newest {n} tokens: the cache was compressed "
                 f"{int(self.since.min())} tokens ago; copy it before the turn, or crop less"
             )
+        _, sealed, _ = self._parting(n)
+        if not self.pool.can_drop(sealed):
+            raise RuntimeError(
+                f"cannot remove the newest {n} tokens: the format's statistics followed some of them, "
+                "and what they were is known for the last sealing as a whole only; copy the cache "
+                f"before the turn, or crop at most {int(self.tail.count.min())}"
+            )
+
+    def _parting(self, n: int) -> tuple[Block, Tensor, Tensor]:
+        """The tail without the newest `n` tokens; and how many of them are in pages and sinks, `[B, H]`.
+
+        If that is what the last commit brought, entries that it sealed are exact again.
+        """
+        last, held = self.sealing, self.tail.count
+        if last is not None and bool((last.tokens == n).all()):
+            return last.tail, last.entries, n - (held + last.entries - last.tail.count)
+        left = torch.full_like(held, n)
+        from_tail = torch.minimum(left, held)
+        from_pages = torch.minimum(left - from_tail, self.pool.live)
+        return self.tail.shrunk(held - from_tail), from_pages, left - from_tail - from_pages
 
     def drop_newest(self, n: int) -> None:
         """Forget the newest `n` tokens of every row.
@@ -388,11 +421,8 @@ class LayerStore:
         Raises RuntimeError, before anything is changed, if some of them may be gone already.
         """
         self.check_drop(n)
-        left = torch.full_like(self.tail.count, n)
-        from_tail = torch.minimum(left, self.tail.count)
-        self.tail = self.tail.shrunk(self.tail.count - from_tail)
-        left = left - from_tail
-        from_pages = torch.minimum(left, self.pool.live)
+        self.tail, from_pages, from_sinks = self._parting(n)
+        self.sealing = None
         if bool((from_pages > 0).any()):
             if self.open is not None:  # its next page will be another one
                 self.tail, self.open = self.tail.empty(), None
@@ -400,5 +430,5 @@ class LayerStore:
             if not self.plan.base_positions:  # there, a page's first position must stay first
                 self.reclaim()
         if self.sinks is not None:
-            self.sinks = self.sinks.shrunk(self.sinks.count - (left - from_pages))
+            self.sinks = self.sinks.shrunk(self.sinks.count - from_sinks)
         self.seen, self.since = self.seen - n, self.since - n

@@ -125,6 +125,11 @@ class CompressedCache(Cache):
         start, self.context.opened_at = self.context.opened_at, None
         if start is None:
             return
+        self._take_back(start)
+        self.context.settle()
+
+    def _take_back(self, start: int) -> None:
+        """All layers as they were at length `start`, or the cache is known to be broken."""
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 whole = layer.abort(start)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
+from kvloom.core.store import LayerStore
 from kvloom.hf import attention
 from kvloom.hf.rope import attention_modules, decoder_of
 
@@ -70,6 +71,7 @@ class Context:
         opened_at: length at which the forward on its way began; None between forwards.
         other_elements: numbers that layers which are not compressed hold per row, at most.
         last: index of the model's last layer, whose commit ends a forward.
+        committed: stores of the layers that have committed the forward on its way.
     """
 
     host: Host
@@ -86,10 +88,18 @@ class Context:
     last: int = 0
     other_elements: int = 0
     bad: dict[torch.device, Tensor] = field(default_factory=dict)
+    committed: list[LayerStore] = field(default_factory=list)
 
     def end_forward(self) -> None:
         """The last layer has committed: the forward is whole, and its mask is no longer news."""
         self.opened_at, self.masked_at = None, -1
+        self.settle()
+
+    def settle(self) -> None:
+        """Let go of what was kept for taking a forward back."""
+        for store in self.committed:
+            store.settled()
+        self.committed.clear()
 
     def learn(self, mask: Tensor | None, seen: int, new: int, held: Tensor | None = None) -> None:
         """Take the validity of the new columns from a 2D mask `[B, seen + new]`.

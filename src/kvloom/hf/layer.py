@@ -154,7 +154,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.record_past:
             self.pending = forward
         else:
-            self.store.commit(forward)
+            self._commit(self.store, forward)
         if self.layer_idx == self.context.last:
             self.context.end_forward()
         return out.reshape(B, heads, Q, -1).to(query.dtype)
@@ -207,10 +207,16 @@ class CompressedLayer(CacheLayerMixin):
             position_ids = position_ids[0]
         return position_ids.to(device).expand(rows, -1)
 
+    def _commit(self, store: LayerStore, forward: Forward) -> None:
+        store.commit(forward)
+        if store.sealing is not None:
+            self.context.committed.append(store)
+
     def _accept_pending(self, drop: int = 0) -> None:
         if self.pending is not None and self.store is not None:
             forward, self.pending = self.pending, None
             self.store.commit(forward, drop)
+            self.store.settled()
 
     # -- dense tensors for models that cannot take handles ---------------------------------------
 
@@ -227,7 +233,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.record_past:
             self.pending = forward
         else:
-            self.store.commit(forward)
+            self._commit(self.store, forward)
         if past is None:
             return keys, values
         return torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
@@ -290,7 +296,8 @@ class CompressedLayer(CacheLayerMixin):
         """Forget the newest tokens: `-n` removes n, a positive number is the length to keep.
 
         Exact while they are unverified drafts or nothing was compressed since; attention that they
-        paid to older entries (h2o) is only taken back for drafts. Raises RuntimeError otherwise.
+        paid to older entries (h2o) is only taken back for drafts, and what was sealed with them stays
+        sealed. Raises RuntimeError otherwise, and where a format's statistics cannot follow.
         """
         amount = int(tokens_to_remove)  # older transformers pass a tensor
         n = -amount if amount <= 0 else max(0, self.columns - amount)
@@ -301,8 +308,9 @@ class CompressedLayer(CacheLayerMixin):
         if self.pending is not None and n <= self.pending.block.longest:
             self._accept_pending(drop=n)
         elif n:
-            self._accept_pending()
-            self.store.drop_newest(n)
+            drafts = 0 if self.pending is None else self.pending.block.longest
+            self.pending = None
+            self.store.drop_newest(n - drafts)
         self.columns -= n
 
     def check_crop(self, n: int) -> None:
