@@ -9,11 +9,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvloom import CompressedCache, Recipe
+from kvloom import Budget, CompressedCache, Recipe
+from kvloom.core.attend import Call
 from kvloom.core.block import Block
 from kvloom.core.merge import Losers
+from kvloom.core.plan import LayerPlan
+from kvloom.core.store import LayerStore
+from kvloom.formats.dense import Dense
 from kvloom.policies.merge import _clusters
 from kvloom.policies.merge.mp_kvm import MPKVM
+from kvloom.positions import RopeSpec
 from tests.models import build, left_padded, tokens
 from tests.oracle.clusters import Cluster, Loop
 
@@ -295,6 +300,62 @@ def test_an_isolated_key_stays_as_it_was():
         assert torch.equal(held.values[0, 0, at], x.values[0, 0, i])
         assert float(held.meta["positions"][0, 0, at]) == i
         assert float(masses(held)[0, 0, at]) == 1
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_groups_of_identical_tokens_give_full_attention(block):
+    """Three tokens, each many times at one position: their centroids attend like all of them."""
+    d, same, kept = 8, [7, 30, 19], 16
+    rope = RopeSpec(10000.0 ** -(torch.arange(0, d, 2) / d), d)
+    recipe = Recipe.parse(
+        "streaming_llm(sinks=0, positions='original') | "
+        f"mp_kvm(max_centroids=3, similarity_threshold=1.0, block={block})"
+    )
+    budget = Budget.parse(f"{kept + 3}tok")
+    plan = LayerPlan(recipe, budget, Dense(), 0, 1, 1, d, d, torch.float32, rope=rope)
+    store = LayerStore(plan, torch.zeros(1, 1, 0, d), torch.zeros(1, 1, 0, d))
+    generator = torch.Generator().manual_seed(4)
+    which = torch.cat(
+        [torch.repeat_interleave(torch.arange(3), torch.tensor(same)), torch.arange(3, 3 + kept)]
+    )
+    rows = torch.randn(2, 1, 1, 3 + kept, d, generator=generator)
+    keys, values = rows[0][:, :, which], rows[1][:, :, which]
+    keys = rope.rotate(keys, which[None, None] * 5)
+
+    def feed(keys, values, query, at):
+        call = Call(query, d**-0.5)
+        out, forward = store.forward(keys, values, call, None, at)
+        store.commit(forward)
+        return out
+
+    total = len(which)
+    feed(keys, values, torch.zeros(1, 1, 1, total, d), which[None] * 5)
+    assert int(store.stored) == kept and int(store.centroids.count) == 3
+    at = torch.tensor([[5 * (3 + kept)]])
+    query = rope.rotate(
+        torch.randn(1, 1, 2, 1, d, generator=generator), at[:, None, None].expand(1, 1, 2, 1)
+    )
+    new = torch.randn(1, 1, 1, d, generator=generator)
+    out = feed(rope.rotate(new, at[:, None]), new, query, at)
+    keys = torch.cat([keys, rope.rotate(new, at[:, None])], 2)
+    values = torch.cat([values, new], 2)
+
+    def attention(dtype, bias=0.0):
+        logits = query.to(dtype) @ keys.to(dtype).transpose(-1, -2)[:, :, None] * d**-0.5
+        return (logits + bias).softmax(-1) @ values.to(dtype)[:, :, None]
+
+    exact = attention(torch.float64)
+    naive = (attention(torch.float32) - exact).abs().max()
+    # un-rotating and rotating again round the keys a few times more
+    slack = (
+        16 * FP32 * float(values.abs().max()) * float(query.norm()) * float(keys.norm(dim=-1).max())
+    )
+    assert (out.double() - exact).abs().max() <= 2 * naive + slack
+    once = torch.cat(
+        [-torch.tensor(same).log().repeat_interleave(torch.tensor(same)), torch.zeros(kept + 1)]
+    )
+    without = attention(torch.float64, once.double())  # a centroid that counted once
+    assert (without - exact).abs().max() > 100 * (2 * naive + slack)
 
 
 # -- every parameter does something ----------------------------------------------------------------

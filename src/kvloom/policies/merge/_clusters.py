@@ -132,7 +132,9 @@ class Clusters:
         content, mass, used = (x.flatten(0, 1) for x in (content, mass, used))
         self.columns = content.shape[2]
         self.slots = pad(self._slot(content, mass[..., None]), (0, 0, 0, block + 1))
-        self.flat = self.slots.flatten(0, 1)  # a view
+        self.flat = self.slots.flatten(0, 1)  # a view, as the next
+        self.probe = self.slots[..., self.columns + 1 :]
+        self.probes = self.probe.transpose(1, 2)
         self.gone = torch.zeros_like(mass).masked_fill(~used, _NONE)
         self.gone = pad(self.gone, (0, block + 1), value=_NONE)
         self.start = torch.arange(len(mass), device=mass.device) * self.gone.shape[1]
@@ -156,12 +158,12 @@ class Clusters:
 
     def _similar(self, slots: Tensor) -> Tensor:
         """Similarities of `[M, m, R]` to what is in use, `[M, m, N]`, in whole units."""
-        probe, others = slots[..., self.columns + 1 :], self.slots[..., self.columns + 1 :]
+        probe = slots[..., self.columns + 1 :]
         if self.rules.metric == "cosine":
-            similarity = torch.bmm(probe, others.transpose(1, 2))
+            similarity = torch.bmm(probe, self.probes)
         else:  # differences first: squares and products would cancel for near neighbours
             mode = "donot_use_mm_for_euclid_dist"
-            similarity = UNIT - torch.cdist(probe, others, compute_mode=mode)
+            similarity = UNIT - torch.cdist(probe, self.probe, compute_mode=mode)
         return similarity.round_().add_(self.gone[:, None])
 
     def _at(self, slots: Tensor) -> Tensor:
@@ -286,8 +288,8 @@ class Clusters:
         b = torch.where(due, b, self.never)  # the others take in nothing: its mass is 0
         empty = self.start + b
         one, two = self.flat.index_select(0, torch.cat([self.start + a, empty])).chunk(2)
-        mass = two[:, self.columns :][:, :1]
-        total = one[:, self.columns :][:, :1] + mass
+        mass = two[:, self.columns, None]
+        total = one[:, self.columns, None] + mass
         share = mass / total.clamp_min(1e-30)
         new = torch.lerp(one[:, : self.columns], two[:, : self.columns], share)
         self.gone.view(-1).index_fill_(0, empty, _NONE)

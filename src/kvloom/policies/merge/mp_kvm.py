@@ -21,13 +21,13 @@ from kvloom.policies.merge import _clusters, _mp_kvm
 class MPKVM(CentroidMerger):
     """Cluster what is evicted; alone in a recipe, it evicts all but sinks and a recent window.
 
-    Deviations: heads cluster by themselves, centroids stand at their members' mean position (so that
-    a token alone in its centroid is exactly what it was) and 64 suffice, all by default; the code
-    shares clusters over heads, rotates nothing, keeps 1,024 and no sinks: `mp_kvm_published`. Its first
-    batch becomes one average; here tokens open centroids from the start. Euclidean similarity is 1 - d
-    in every rule; its code ignores two of them there. `max_memory_size` (its count of merged tokens
-    never shrinks) is the budget, its automatic window what the budget leaves. Centroids are stored in
-    the model's dtype: in 16 bits the mean of hundreds of tokens hardly moves any more.
+    Deviations, by default: each head clusters its own keys; centroids stand at their members' mean
+    position, so that a token alone in its centroid is exactly what it was; they are 64, to leave room
+    in small budgets. The code shares clusters over heads, rotates nothing, keeps 1,024 and no sinks:
+    `mp_kvm_published`. Its first batch becomes one average; here tokens open centroids from the start.
+    Euclidean similarity is 1 - d in every rule; its code ignores two of them there. `max_memory_size`
+    (merging never lowers the count that it limits) is the budget here, the automatic window what that
+    leaves. In a 16-bit model's centroids the mean of hundreds of tokens hardly moves any more.
 
     Attributes:
         window_size: exact newest tokens, where no scorer is named; None: what the budget leaves.
