@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Look into one head of a cache with centroids.")
 
 PASSAGE = 128
-RECIPE = "mp_kvm(window_size=64, similarity_threshold=0.95)"
+RECIPE = "mp_kvm(window_size=64)"
 
 Model = Annotated[str, typer.Option(help="A folder, a hub name, or 'testbed', the bundled model.")]
 Layer = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -130,7 +131,7 @@ def _topic_handles(row: Manifold) -> list[Line2D]:
 
 def _partition_handles(mass: Tensor) -> list[Line2D]:
     """What the marks after partition mean, with centroids of two sizes."""
-    sizes = sorted({1, max(1, round(float(mass.max())))})
+    sizes = sorted({max(1, round(float(x))) for x in (mass.min(), mass.max())})
     return [
         Line2D([], [], ls="", marker="o", color=FAINT, ms=3, label="keys that were folded"),
         Line2D([], [], ls="", marker="s", color="dimgray", ms=4, label="exact keys"),
@@ -264,7 +265,9 @@ def _by_bin(axes: Axes, row: Spectrum) -> None:
         axes.plot(range(len(ticks)), values, color=colour, marker=marker, ms=6, lw=1.2)
     axes.set_yscale("log")
     axes.set_xlim(-0.5, len(ticks) - 0.5)
-    slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(ticks) > 4 else {}
+    slant: dict[str, Any] = (
+        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(ticks) > 4 else {}
+    )
     axes.set_xticks(range(len(ticks)), ticks, **slant)
     axes.set_xlabel("mass of the centroid, tokens")
     axes.set_ylabel("share of attention of one, mean")
