@@ -1,14 +1,29 @@
-"""Reading back what a format encoded, page by page, without a pool."""
+"""Reading back what a format encoded, page by page, without a pool; numbers of fp16, by hand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvloom.core.format import TILES, Encoded, PageBatch, PageFormat, Place, Stored
+
+TINY = 2.0**-24  # the least distance of fp16 numbers
+LARGEST = torch.finfo(torch.float16).max
+
+
+def fp16(x: float) -> float:
+    return float(torch.tensor(min(max(x, -LARGEST), LARGEST)).half())
+
+
+def fp16_below(x: float) -> float:
+    """The largest finite fp16 number that is not above x."""
+    near = np.float16(min(max(x, -LARGEST), LARGEST))
+    above = float(near) > max(x, -LARGEST)
+    return float(np.nextafter(near, np.float16(-np.inf)) if above else near)
 
 
 def place_of(key_dim: int, value_dim: int, heads: int = 1, rope: Any = None) -> Place:

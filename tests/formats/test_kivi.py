@@ -10,12 +10,12 @@ from kvloom.core.format import PAGE
 from kvloom.core.recipe import Recipe
 from kvloom.formats.kivi import Kivi
 from tests import models
-from tests.formats.reading import Cell, place_of
+from tests.formats.reading import Cell, fp16_below, place_of
 
 
 def quantized(group: list[float], bits: int) -> list[float]:
     """One group there and back; z and s in fp16, as they are stored."""
-    z = float(torch.tensor(min(group)).half())
+    z = fp16_below(min(group))
     s = max(float(torch.tensor((max(group) - z) / (2**bits - 1)).half()), 2.0**-24)
     return [min(max(round((x - z) / s), 0), 2**bits - 1) * s + z for x in group]
 
@@ -78,6 +78,8 @@ def test_the_newest_entries_stay_exact(residual, sealed):
         ("kivi(bits=1)", "bits is 2 or 4"),
         ("kivi(residual=-1)", "residual is an int >= 0"),
         ("kivi(group=128)", "group is 32 or 64"),
+        ("kivi(group=32.0)", "group is 32 or 64"),
+        ("kivi(bits=4.0)", "bits is 2 or 4"),
     ],
 )
 def test_bad_parameters_are_refused(text, rule):

@@ -367,6 +367,8 @@ def test_heads_have_their_own_ranges(tmp_path):
         ({"calibration": ""}, "calibration is a file's path, or None"),
         ({"calibration": 3}, "calibration is a file's path, or None"),
         ({"q_norm": 2}, "q_norm is True, False or None"),
+        ({"q_norm": 0.0}, "q_norm is True, False or None"),
+        ({"bits": 4.0}, r"kvquant\(bits=4.0\): bits is 4, 3 or 2"),
     ],
 )
 def test_wrong_parameters(given, rule):

@@ -106,7 +106,9 @@ def test_bits_are_codes_and_a_number_per_token():
     assert layout.bits("key", 128) == 4.125 and layout.bits("value", 64) == 2.25
 
 
-@pytest.mark.parametrize("text", ["bits=8", "bits=1", "value_bits=8", "seed=-1"])
+@pytest.mark.parametrize(
+    "text", ["bits=8", "bits=1", "bits=4.0", "value_bits=8", "value_bits=4.0", "seed=-1"]
+)
 def test_bad_parameters_are_refused(text):
     with pytest.raises(ValueError, match=r"is one of|is an int"):
         Recipe.parse(f"turboquant_mse({text})")

@@ -9,18 +9,12 @@ from hypothesis import strategies as st
 
 from kvloom.core.format import PAGE
 from kvloom.core.recipe import Recipe
-from kvloom.formats import _hadamard
-from tests.formats.reading import Cell, place_of
+from kvloom.formats import _grid, _hadamard
+from tests.formats.reading import LARGEST, TINY, Cell, fp16, fp16_below, place_of
 
 HALF_ULP = torch.finfo(torch.float16).eps / 2
-TINY = 2.0**-24  # the least distance of fp16 numbers
-LARGEST = torch.finfo(torch.float16).max
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = [1, 5, 16, 64, 80, 96, 128, 256]
-
-
-def fp16(x: float) -> float:
-    return float(torch.tensor(min(max(x, -LARGEST), LARGEST)).half())
 
 
 def grid_of(group: torch.Tensor, bits: int, symmetric: bool) -> tuple[float, float, int, int]:
@@ -30,7 +24,7 @@ def grid_of(group: torch.Tensor, bits: int, symmetric: bool) -> tuple[float, flo
         scale = max(abs(x) for x in group.tolist()) / (half - 1)
         return max(fp16(max(scale, 1e-7)), TINY), 0.0, -half, half - 1
     top = 2**bits - 1
-    zero = fp16(min(group.tolist()))
+    zero = fp16_below(min(group.tolist()))
     scale = (max(group.tolist()) - zero) / top
     return max(fp16(max(scale, 1e-7)), TINY), zero, 0, top
 
@@ -44,7 +38,7 @@ def check_group(got: torch.Tensor, want: torch.Tensor, bits: int, symmetric: boo
     assert bool(((got.double() - inside).abs() <= scale / 2 + slack).all())
     # and everything is in range but for the rounding of two fp16 numbers
     lost = (want.double() - inside).abs().max()
-    rounding = HALF_ULP * (abs(zero) + high * scale) + (high + 1) * TINY
+    rounding = HALF_ULP * high * scale + high * TINY  # of the scale; zero is rounded down
     if float(want.abs().max()) < LARGEST / 2:
         assert float(lost) <= rounding * 1.01
 
@@ -104,6 +98,9 @@ def recipes(draw):
         "group": draw(st.sampled_from([32, 64])),
         "channels": draw(st.sampled_from([0, 32, 64])),
     }
+    axes = (given["keys"], given["values"])
+    given |= {} if "channel" in axes else {"group": 64}
+    given |= {} if "token" in axes else {"channels": 0}
     name = draw(st.sampled_from(["int8", "int4", "int3", "int2"]))
     return f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
@@ -133,7 +130,8 @@ def test_error_is_half_a_step(text, dtype, widths, kinds, seed):
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_codes_are_those_of_the_equations(bits, symmetric, per):
     """Against naive rounding, group by group; ties aside, the same levels exactly."""
-    fmt = Recipe.parse(f"int{bits}(keys={per!r}, symmetric={symmetric}, group=32)").format
+    group = ", group=32" if per == "channel" else ""
+    fmt = Recipe.parse(f"int{bits}(keys={per!r}, symmetric={symmetric}{group})").format
     keys, values = content("gaussian", 16, 0), content("offset", 16, 1)
     (got,), _ = Cell(fmt, place_of(16, 16)).read(keys[None], values[None])
     for where in groups_of(per, keys, 32, 0):
@@ -143,6 +141,30 @@ def test_codes_are_those_of_the_equations(bits, symmetric, per):
             for x in keys[where].tolist()
         ]
         torch.testing.assert_close(got[where], torch.tensor(naive), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_a_bias_costs_no_step(bits, axis):
+    """The least number of a group is in range, wherever it lies between two of fp16."""
+    x = content("gaussian", 64, 3) * 0.01 + torch.linspace(39, 41, 64)[:, None] + torch.zeros(64)
+    x = x if axis == "token" else x.T.contiguous()
+    (got,), _ = Cell(Recipe.parse(f"int{bits}(keys={axis!r})").format, place_of(64, 64)).read(
+        x[None], x[None]
+    )
+    for where in groups_of(axis, x, 64, 0):
+        part = x[where]
+        below = part.max() - fp16_below(float(part.min()))
+        step = below / (2**bits - 1) * (1 + 2 * HALF_ULP)
+        top = HALF_ULP * below  # the last code falls short by as much
+        assert float((got[where] - part).abs().max()) <= step / 2 + top + 1e-5
+
+
+def test_floor_half_is_the_next_number_below():
+    small, plain, large = (0.0, 1e-9, 5e-8, 6.2e-8), (1.0, 1.0001, 40.02), (65504.0, 1e30)
+    numbers = [sign * x for x in (*small, *plain, *large) for sign in (1, -1)]
+    for x, got in zip(numbers, _grid.floor_half(torch.tensor(numbers)).tolist(), strict=True):
+        assert got == fp16_below(x), x
 
 
 # -- extremes ------------------------------------------------------------------------------------
@@ -204,6 +226,13 @@ def test_the_largest_fp16_numbers_do_not_become_infinite(text):
         ("int4(symmetric='yes')", "symmetric is True or False"),
         ("int4(hadamard='values')", "hadamard is"),
         ("int4(seed=-1)", "seed is an int"),
+        ("int4(value_bits=4.0)", "value_bits is one of"),
+        ("int4(value_bits=True)", "value_bits is one of"),
+        ("int4(keys='channel', group=32.0)", "group is 32 or 64"),
+        ("int4(channels=32.0)", "multiple of 32"),
+        ("int4(group=32)", "all scales are per token"),
+        ("int4(keys='channel', values='channel', channels=32)", "all scales are per channel"),
+        ("int4(seed=3)", "seed is of a rotation"),
     ],
 )
 def test_bad_parameters_are_refused_with_the_rule(text, rule):

@@ -8,6 +8,7 @@ nothing else is collected.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -63,18 +64,27 @@ class Policy:
 
     def __str__(self) -> str:
         """Recipe text: the name, and every parameter that is not at its default."""
-        given = []
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if value != f.default:
-                given.append(f"{f.name}={value!r}")
+        return self._text(lambda value, default: value != default)
+
+    def as_given(self) -> str:
+        """The same with those that equal their default but are of another type, for error messages."""
+        return self._text(lambda value, default: (type(value), value) != (type(default), default))
+
+    def _text(self, says: Callable[[Any, Any], bool]) -> str:
+        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        given = [f"{name}={pair[0]!r}" for name, pair in values.items() if says(*pair)]
         return self.name + (f"({', '.join(given)})" if given else "")
 
 
 def check(policy: Policy, rule: bool, message: str) -> None:
     """Raise ValueError that restates the policy and the rule it breaks."""
     if not rule:
-        raise ValueError(f"{policy}: {message}")
+        raise ValueError(f"{policy.as_given()}: {message}")
+
+
+def one_of(value: Any, numbers: tuple[int, ...]) -> bool:
+    """Whether `value` is one of these ints: a float or a bool that equals one is none."""
+    return type(value) is int and value in numbers
 
 
 @dataclass

@@ -1,10 +1,10 @@
 """Uniform grids: codes with a scale (and a zero point) per token or per channel.
 
-    asymmetric  x ~ code * scale + zero,             zero = min, scale = (max - min) / (2^b - 1)
+    asymmetric  x ~ code * scale + zero,             zero = min, scale = (max - zero) / (2^b - 1)
     symmetric   x ~ (code - 2^(b-1)) * scale,        scale = max |x| / (2^(b-1) - 1)
 
-Scale and zero are fp16, and codes are made against their rounded values, so that inside the range
-the error is half a step and no more.
+Scale and zero are fp16, zero rounded down, and codes are made against their rounded values, so that
+the error is half a step and no more, but for the rounding of the scale at the top of the range.
 
 A group of 32 tokens is a tile, and its parameters lie with it; those of 64 form a set that the tiles
 of a page refer to.
@@ -47,11 +47,24 @@ def quantize(x: Tensor, bits: int, dim: int, symmetric: bool = False) -> tuple[T
         codes = (x / scale.float()).round_().add_(half).clamp_(0, 2 * half - 1)
         return codes.to(torch.uint8), scale
     top = (1 << bits) - 1
-    zero = x.amin(dim, keepdim=True).clamp(-LIMIT, LIMIT).to(torch.float16)
+    zero = floor_half(x.amin(dim, keepdim=True))
     span = x.amax(dim, keepdim=True) - zero.float()
     scale = (span / top).clamp(LEAST, LIMIT).to(torch.float16)
     codes = ((x - zero.float()) / scale.float()).round_().clamp_(0, top)
     return codes.to(torch.uint8), scale, zero
+
+
+def floor_half(x: Tensor) -> Tensor:
+    """The largest fp16 number that is not above fp32 `x`, which is clamped to what fp16 holds.
+
+    A zero point rounded to nearest may lie above the least number, by many steps where numbers have a
+    bias (at 40, fp16 has steps of 1/32); below it, it only makes the range a little wider.
+    """
+    x = x.clamp(-LIMIT, LIMIT)
+    near = x.to(torch.float16)
+    bits = near.view(torch.int16)  # sign and magnitude: the next lower number is one further
+    lower = torch.where(near > 0, bits - 1, torch.where(near < 0, bits + 1, -0x7FFF))
+    return torch.where(near.float() > x, lower.to(torch.int16).view(torch.float16), near)
 
 
 def dequantize(codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:

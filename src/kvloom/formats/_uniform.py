@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import Encoded, Layout, PageBatch, Part, Sets, Stored
-from kvloom.core.policy import check
+from kvloom.core.policy import check, one_of
 from kvloom.formats._grid import Grid, cast
 from kvloom.formats._rotated import Rotated
 from kvloom.kernels.layout import BITS
@@ -67,7 +67,7 @@ class Uniform(Gridded, ABC):
             move; per channel, `group` tokens share scales and go or stay by tiles of 32.
         values: likewise.
         symmetric: scales without zero points.
-        group: tokens that share a channel's scale, 32 or 64.
+        group: tokens that share a channel's scale, 32 or 64; only with a scale per channel.
         channels: channels that share a token's scale, a multiple of 32, which is how many channels
             of values lie together in memory (the last group has what is left); 0: all of a head.
         hadamard: `""`, `"keys"` or `"both"`: store keys (and values) in a rotated basis, which
@@ -90,15 +90,28 @@ class Uniform(Gridded, ABC):
         """Bits of a key's code."""
 
     def __post_init__(self) -> None:
-        check(self, self.value_bits in (None, *BITS), f"value_bits is one of {BITS}")
+        known = self.value_bits is None or one_of(self.value_bits, BITS)
+        check(self, known, f"value_bits is one of {BITS}")
         for per in (self.keys, self.values):
             check(self, per in ("token", "channel"), "keys and values are 'token' or 'channel'")
         check(self, type(self.symmetric) is bool, "symmetric is True or False")
-        check(self, self.group in (32, 64), "group is 32 or 64 tokens")
+        check(self, one_of(self.group, (32, 64)), "group is 32 or 64 tokens")
         whole = type(self.channels) is int and self.channels >= 0 and self.channels % 32 == 0
         check(self, whole, "channels is a multiple of 32, or 0 for all")
         check(self, self.hadamard in ("", "keys", "both"), "hadamard is '', 'keys' or 'both'")
         check(self, type(self.seed) is int and self.seed >= 0, "seed is an int >= 0")
+        self._check_read()
+
+    def _check_read(self) -> None:
+        """Raise ValueError if a parameter is given that nothing would read."""
+        axes, group, channels = (self.keys, self.values), self.group, self.channels
+        per_token = (
+            "group says how many tokens share a channel's scale, and all scales are per token"
+        )
+        check(self, "channel" in axes or group == 64, per_token)
+        per_channel = "channels says how many share a token's scale, and all scales are per channel"
+        check(self, "token" in axes or channels == 0, per_channel)
+        check(self, bool(self.hadamard) or self.seed == 0, "seed is of a rotation: name `hadamard`")
 
     @property
     def rotated(self) -> tuple[Part, ...]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvloom.core.policy import check
+from kvloom.core.policy import check, one_of
 from kvloom.formats._grid import Grid
 from kvloom.formats._uniform import Gridded
 
@@ -35,10 +35,10 @@ class Kivi(Gridded):
     group: int = 32
 
     def __post_init__(self) -> None:
-        check(self, self.bits in (2, 4), "bits is 2 or 4")
+        check(self, one_of(self.bits, (2, 4)), "bits is 2 or 4")
         whole = type(self.residual) is int and self.residual >= 0
         check(self, whole, "residual is an int >= 0")
-        check(self, self.group in (32, 64), "group is 32 or 64")
+        check(self, one_of(self.group, (32, 64)), "group is 32 or 64")
 
     @property
     def grids(self) -> tuple[Grid, Grid]:

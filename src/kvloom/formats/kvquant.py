@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import Encoded, Field, Layout, PageBatch, PageFormat, Place, Stored
-from kvloom.core.policy import check
+from kvloom.core.policy import check, one_of
 from kvloom.formats import _levels, _ranges, _sparse
 from kvloom.formats._calibration import Calibration, calibrated
 from kvloom.kernels.layout import TILE
@@ -50,12 +50,13 @@ class KVQuant(PageFormat):
     q_norm: bool | None = None
 
     def __post_init__(self) -> None:
-        check(self, self.bits in (4, 3, 2), "bits is 4, 3 or 2")
+        check(self, one_of(self.bits, (4, 3, 2)), "bits is 4, 3 or 2")
         share = type(self.outliers) in (int, float) and 0 <= self.outliers < 0.5
         check(self, share, "outliers is a share, 0 <= outliers < 0.5")
         path = self.calibration is None or isinstance(self.calibration, str)
         check(self, path and self.calibration != "", "calibration is a file's path, or None")
-        check(self, self.q_norm in (None, True, False), "q_norm is True, False or None")
+        known = self.q_norm is None or type(self.q_norm) is bool
+        check(self, known, "q_norm is True, False or None")
 
     @property
     def movable(self) -> bool:

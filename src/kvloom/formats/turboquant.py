@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import Encoded, Field, Layout, PageBatch, Part, Stored
-from kvloom.core.policy import check
+from kvloom.core.policy import check, one_of
 from kvloom.formats._grid import LIMIT, cast
 from kvloom.formats._rotated import Rotated
 from kvloom.kernels.layout import TILE, Codes, Planes, tile_nbytes
@@ -62,8 +62,9 @@ class TurboquantMSE(Rotated):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self, self.bits in BITS, f"bits is one of {BITS}")
-        check(self, self.value_bits in (None, *BITS), f"value_bits is one of {BITS}")
+        check(self, one_of(self.bits, BITS), f"bits is one of {BITS}")
+        known = self.value_bits is None or one_of(self.value_bits, BITS)
+        check(self, known, f"value_bits is one of {BITS}")
         check(self, type(self.seed) is int and self.seed >= 0, "seed is an int >= 0")
 
     @property
