@@ -15,7 +15,7 @@ test test-all test-oldest: export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-all test-oldest peers docs lint types format clean
+.PHONY: help demo test test-all test-oldest peers quanto docs lint types format clean
 
 help:
 	@echo 'make demo         compares a few recipes on the bundled model (1 to 3 minutes); ends with a figure'
@@ -24,6 +24,7 @@ help:
 	@echo '                  hour on 2 cores); SHARD=i/n runs part i of n, on as many machines'
 	@echo 'make test-oldest  a part of the tests on the oldest supported transformers'
 	@echo 'make peers        kvloom beside kvpress: kept entries, bytes, time per token'
+	@echo 'make quanto       kvloom beside transformers'"'"' QuantizedCache (optimum-quanto)'
 	@echo 'make docs         docs/methods.md from the docstrings, README'"'"'s table from its rows'
 	@echo 'make lint types   ruff, mypy; `make format` applies what ruff can'
 	@echo 'make clean        remove the environments and caches'
@@ -39,6 +40,10 @@ test-all: $(READY)
 
 peers: $(READY) .venv-peers/.ready
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/peers/run.py --python .venv-peers/bin/python $(ARGS)
+
+quanto: .venv-quanto/.ready
+	@HF_HUB_OFFLINE=1 PATH="$(CURDIR)/.venv-quanto/bin:$$PATH" \
+	  .venv-quanto/bin/python benchmarks/quantized_cache.py $(ARGS)
 
 test-oldest: .venv-oldest/.ready
 	@HF_HUB_OFFLINE=1 $(OLDEST)/python $(PYTEST) -m "oldest and not full" $(ARGS)
@@ -82,6 +87,14 @@ $(READY): pyproject.toml constraints.txt
 	.venv-peers/bin/python -m pip install -q torch==2.13.0 kvpress==0.5.5
 	@touch $@
 
+# quanto compiles its C++ part at its first call, with ninja.
+.venv-quanto/.ready: pyproject.toml constraints.txt
+	@echo 'Setting up .venv-quanto (once)'
+	$(PYTHON) -m venv .venv-quanto
+	.venv-quanto/bin/python -m pip install -q -c constraints.txt torch==2.13.0
+	.venv-quanto/bin/python -m pip install -q -c constraints.txt -e . optimum-quanto==0.2.7 ninja
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-oldest .venv-peers .venv-quanto .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find src tests training benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

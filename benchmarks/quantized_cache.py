@@ -26,7 +26,8 @@ from kvloom.evaluation import texts
 from kvloom.hf import load
 
 OURS = (
-    "int8", "int4", "rotated_int4", "int4_channel", "int2", "int2(hadamard='keys')",
+    "int8", "int4", "rotated_int4", "int4_channel", "kivi(bits=4)", "turboquant_mse", "int2",
+    "int2(hadamard='keys')", "kivi(bits=2)", "turboquant_mse(bits=2)",
 )  # fmt: skip
 BLOCK = 32
 
