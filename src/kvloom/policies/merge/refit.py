@@ -30,7 +30,11 @@ class Refit(SurvivorMerger):
             such as `lazy(every=16)` space those out.
         ridge: how dear it is to move a value, in squared attention; above 0.
 
-    The squared error on the remembered queries is never above that of dropping.
+    The squared error on the remembered queries is never above that of dropping; on later queries it
+    can be, and the more so, the lower the ridge. Measured on the testbed model after snapkv, 2 texts,
+    the 256 queries after the fit: squared error over that of dropping, in all and in the worst layer,
+    at 25 % kept 0.92 and 1.13 (ridge 0.01, GRKV's), 0.94 and 1.03 (0.3), 0.96 and 1.002 (1); at
+    6.25 % kept 1.12 and 5.2, 0.93 and 1.24, 0.92 and 1.01. Hence the default.
 
     Deviations: both papers compress once, after the prompt, and draw queries from all of it or make
     them up; these are the newest at every compression. Entries that are sealed stay as they are, and
@@ -42,7 +46,7 @@ class Refit(SurvivorMerger):
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "keys", "values"})
 
     queries: int = 64
-    ridge: float = 0.01
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         check(
