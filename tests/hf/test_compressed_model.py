@@ -112,6 +112,20 @@ def test_the_published_quickstart_runs_as_printed(capsys):
     assert made["model"].get_compression_stats()["total_outliers"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+def test_the_quickstart_quantizes_a_longer_prompt(capsys):
+    """Past the first page of 64 what is printed is no longer 16 bits."""
+    code = quickstart().replace('"meta-llama/Llama-2-7b-hf"', "PATH").replace("=50)", "=2)")
+    short = '"The key-value cache of a language model"'
+    assert short in code
+    made = {"PATH": str(testbed.path()), "PROMPT": "import os\n" * 60}
+    lines = code.replace(short, "PROMPT").split("model.reset_compression_state()")
+    exec(compile(lines[0], str(DOC), "exec"), made)
+    stats = made["model"].get_compression_stats()
+    assert 4 < stats["avg_key_bits"] < 16 and 4 < stats["avg_value_bits"] < 16
+    assert f"Average key bits: {stats['avg_key_bits']:.2f}" in capsys.readouterr().out
+
+
 @pytest.fixture
 def model():
     return compressed(copy.deepcopy(build("llama")), CompressionConfig(chunk_size=128))

@@ -5,11 +5,12 @@
 
 KVQuant's axes (arXiv:2401.18079: keys before rotation) and no calibration; chunks are quantized once.
 
-Deviations: the current forward sees itself exactly, then its full pages of 64 form chunks; a page
-sealed while decoding is one. Statistics are of one (row, KV head). Sinks stay exact, not 8-bit. An
-outlier channel's plane is scaled by its own absmax: e, which has only begun to rise, would clip
-a = 3 e at 0.4 a. Other rising channels are clipped by up to that much, as moving scales are: at 8
-bits that is nearly all of the error, and `clip=False`, ours, takes the larger of e and a.
+Deviations: the current forward sees itself exactly, then its full pages of 64 form chunks, so that one
+has the pages of one forward at most, and a page sealed while decoding is a chunk. Statistics are of one
+(row, KV head), padding in none. Sinks stay exact, not 8-bit. An outlier channel's plane is scaled by its
+own absmax: e, which has only begun to rise, would clip a = 3 e at 0.4 a. Other rising channels are clipped
+by up to that much, as moving scales are: at 8 bits that is nearly all of the error, and `clip=False`,
+ours, takes the larger of e and a.
 
 `rope="pair"` stores keys after rotation; both channels of a rotary pair get the scale of its radius,
 max sqrt(x_i^2 + x_j^2), which turning leaves alone. r^2 <= a_i^2 + a_j^2, so that the pair's squared
@@ -36,7 +37,7 @@ class StreamingKVQuant(PageFormat):
         key_bits: `key_bits_normal`. value_bits: `value_bits_normal`; 16: that part stays exact.
         key_outlier_bits: `key_bits_sink_outlier`, a byte each up to 8; 16: fp16.
         value_outlier_bits: `value_bits_sink_outlier`.
-        chunk: `chunk_size`, tokens that share scales, a multiple of 64.
+        chunk: `chunk_size`, tokens that share scales at most, a multiple of 64.
         decay: `ema_decay`. sinks: `attention_sink_size`, the first tokens of a row stay exact.
         relative: `outlier_threshold_relative`. absolute: `outlier_threshold_abs`.
         detect: `outlier_detection_enabled`.

@@ -36,7 +36,8 @@ class CompressionConfig:
     """The parameters of streaming KVQuant under their published names; see `StreamingKVQuant`.
 
     Attributes:
-        chunk_size: tokens that share scales; pages are of 64, so a chunk has the whole ones in it.
+        chunk_size: tokens that share scales; pages are of 64, so a chunk has the whole ones in it, and
+            in one forward's tokens.
         ema_decay: of the moving absmax. attention_sink_size: first tokens of a row, kept exact.
         key_bits_normal, value_bits_normal: 2, 3, 4, 8; 16: that part stays exact.
         key_bits_sink_outlier, value_bits_sink_outlier: of outlier channels (sinks stay exact).
