@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -137,6 +138,13 @@ def test_outliers_of_nothing_take_the_whole_range(model, recorded):
     keys = gathered(recorded, "keys")
     reach = (made.key_offset + made.key_scale).float()
     torch.testing.assert_close(reach, keys.amax(2), rtol=4e-3, atol=4e-3)
+
+
+def test_weights_that_vanish_are_refused():
+    model = copy.deepcopy(build("llama"))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    with pytest.raises(ValueError, match=r"layer 0: the Fisher .* keys sums to 0.0 in float32"):
+        run(model, samples(), BITS, SHARE, {})
 
 
 @pytest.mark.parametrize("shape", [(0, 40), (3, 2)])

@@ -444,8 +444,32 @@ def test_files_whose_parts_disagree_are_refused(tmp_path):
             Calibration.load(path)
     for change in ({"key_offset": torch.zeros(())}, {"key_levels": torch.zeros(1, 8)}):
         dataclasses.replace(made_up(), **change).save(path)
-        with pytest.raises(ValueError, match="do not agree"):
+        with pytest.raises(ValueError, match=r"do not agree: \{'bits': '4'.*key_levels \("):
             Calibration.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "rule"),
+    [
+        (
+            "key_levels",
+            lambda x: x.flip(-1),
+            r"key_levels of layer 0 are \[.*\], and levels are finite",
+        ),
+        (
+            "value_matched",
+            lambda x: x * float("nan"),
+            r"value_matched of layer 0 are \[nan, .* ascend",
+        ),
+        ("key_offset", lambda x: x / 0, "key_offset lies between -inf and inf"),
+        ("key_scale", lambda x: x * 0, "key_scale lies between 0.0 and 0.0, .* scales above 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(tmp_path, name, change, rule):
+    made, path = made_up(), tmp_path / "c.safetensors"
+    dataclasses.replace(made, **{name: change(getattr(made, name))}).save(path)
+    with pytest.raises(ValueError, match=rule):
+        Calibration.load(path)
 
 
 def test_recipe_text_names_the_file():

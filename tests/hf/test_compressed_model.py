@@ -211,6 +211,19 @@ def test_saved_and_copied_like_any_model(model, tmp_path):
         assert other._compressed_cache is not model._compressed_cache
 
 
+def test_compressing_twice_replaces_the_recipe(model):
+    own = type(model).__bases__[1]
+    model.generate(tokens(100), max_new_tokens=2, do_sample=False)
+    again = compressed(model, "int8")
+    assert again is model and type(model).__bases__ == (CompressedModelForCausalLM, own)
+    assert type(model).__name__ == own.__name__ == "LlamaForCausalLM"
+    assert str(model.compression_recipe) == "int8" and model.compression_config is None
+    assert model.get_compression_stats()["avg_key_bits"] == 0
+    with pytest.raises(ValueError, match="evicts down to a budget"):
+        compressed(model, "h2o | int8")
+    assert str(model.compression_recipe) == "int8"
+
+
 def test_any_recipe_without_a_budget_will_do():
     model = compressed(copy.deepcopy(build("llama")), "int8")
     model.generate(tokens(130), max_new_tokens=2, do_sample=False)

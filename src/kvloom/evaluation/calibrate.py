@@ -40,7 +40,8 @@ def calibrate(
         bits, outliers: as the recipe will have them. facts: text to keep in the file.
         advance: told of each sample's pass, twice N in all.
 
-    Raises ValueError if there is too little text, or the model's rotation is not known.
+    Raises ValueError if there is too little text, the model's rotation is not known, or gradients have
+    vanished or overflowed in the model's dtype.
     """
     if samples.shape[1] <= SKIP + 1 or not len(samples):
         raise ValueError(
@@ -61,6 +62,9 @@ def calibrate(
         for cached, scales, parts in zip(record(model, ids, True), ranges, sums, strict=True):
             _weigh(cached, scales, outliers, parts)
         advance(1)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    for index, pair in enumerate(sums):
+        _check_weights(index, pair, dtype)
     books = [[histogram.levels(bits) for histogram in part] for part in zip(*sums, strict=True)]
     (keys, keys_matched), (values, values_matched) = (
         (torch.stack([level.float() for level in book]) for book in zip(*part, strict=True))
@@ -78,6 +82,17 @@ def calibrate(
         disjoint.blocks(samples),
         known,
     )
+
+
+def _check_weights(layer: int, parts: tuple[_Histogram, _Histogram], dtype: str) -> None:
+    """Raise ValueError if a layer's weights say nothing."""
+    for part, histogram in zip(("keys", "values"), parts, strict=True):
+        total = float(histogram.sums[2].sum())
+        if not (math.isfinite(total) and total > 0):
+            raise ValueError(
+                f"layer {layer}: the Fisher information of its {part} sums to {total} in {dtype}, so "
+                "that it weighs nothing; calibrate in float32 or bfloat16"
+            )
 
 
 @dataclass

@@ -88,18 +88,25 @@ def model_facts(model: nn.Module, name: str) -> Model:
 
 
 def calibration_facts(model: nn.Module, name: str, text: Text) -> dict[str, str]:
-    """What a calibration says of its model, its text and the versions that made it."""
+    """What a calibration says of its model, its text and the versions that made it.
+
+    Of a file or folder it keeps the name alone, not where it lay on this machine.
+    """
     return {
-        "model": name,
+        "model": _basename(name),
         "model_sha256": model_sha256(model),
         "config_sha256": config_sha256(model),
-        "text": text.name,
+        "text": _basename(text.name),
         "text_sha256": text.sha256,
         "text_tokens": str(text.tokens),
         "kvloom": _version("kvloom"),
         "torch": torch.__version__,
         "transformers": _version("transformers"),
     }
+
+
+def _basename(name: str) -> str:
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 @cache

@@ -18,6 +18,7 @@ from kvloom.core.policy import Policy, check
 from kvloom.formats._levels import Levels
 
 KIND, HEADER = "kvloom.kvquant.1", "calibration"
+BOOKS = ("key_levels", "key_matched", "value_levels", "value_matched")
 HOW = "make one with `kvloom calibrate`"
 
 
@@ -98,9 +99,27 @@ class Calibration:
         except (KeyError, ValueError):
             sound, levels = False, ()
         sound &= self.key_scale.shape == self.key_offset.shape and self.text_blocks.ndim == 1
-        books = (self.key_levels, self.key_matched, self.value_levels, self.value_matched)
-        if not sound or any(tuple(book.shape) != levels for book in books):
-            raise ValueError(f"calibration {str(path)!r}: bits, layers and shapes do not agree")
+        books = {name: getattr(self, name) for name in BOOKS}
+        if not sound or any(tuple(book.shape) != levels for book in books.values()):
+            shapes = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in _tensors())
+            asked = {name: self.facts.get(name) for name in ("bits", "outliers")}
+            raise ValueError(
+                f"calibration {str(path)!r}: bits, layers and shapes do not agree: {asked}, {shapes}"
+            )
+        for name, book in books.items():
+            for layer, level in enumerate(book):
+                if not bool(level.isfinite().all() and (level.diff() >= 0).all()):
+                    raise ValueError(
+                        f"calibration {str(path)!r}: {name} of layer {layer} are {level.tolist()}, "
+                        "and levels are finite and ascend"
+                    )
+        for name in ("key_offset", "key_scale"):
+            x = getattr(self, name)
+            if not bool(x.isfinite().all()) or (name == "key_scale" and not bool((x > 0).all())):
+                raise ValueError(
+                    f"calibration {str(path)!r}: {name} lies between {float(x.min())} and "
+                    f"{float(x.max())}, and offsets are finite, scales above 0"
+                )
 
 
 def calibrated(

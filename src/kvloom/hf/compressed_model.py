@@ -221,8 +221,14 @@ CompressedLlamaForCausalLM = CompressedModelForCausalLM  # the published name
 
 
 def compressed(model: nn.Module, config: CompressionConfig | str | Recipe) -> Any:
-    """The same `model`, now a `CompressedModelForCausalLM` as well."""
+    """The same `model`, now a `CompressedModelForCausalLM` as well; if it is one already, its recipe is
+    replaced.
+
+    Raises ValueError if the recipe and the model do not fit; the model is then as it was.
+    """
     own = type(model)
+    if issubclass(own, CompressedModelForCausalLM):
+        own = own.__bases__[1]  # what it was before, see below
     given = config if isinstance(config, CompressionConfig) else None
     recipe = given.recipe() if given else Recipe.parse(config)  # type: ignore[arg-type]
     CompressedCache(model, recipe)  # raises if the two do not fit

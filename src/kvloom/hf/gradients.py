@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicCache
 from kvloom.hf.rope import rope_of
 from kvloom.hf.sliding import layer_kinds
 
+SCALE = 2.0**10  # of the loss while it runs backward: in fp16, gradients of a mean vanish
+
 
 @dataclass
 class Cached:
@@ -72,7 +74,7 @@ def record(model: Any, ids: Tensor, gradients: bool = False) -> list[Cached]:
         )
         if gradients:
             logits = out.logits[0, :-1].float()
-            nn.functional.cross_entropy(logits, ids[0, 1:]).backward()
+            (SCALE * nn.functional.cross_entropy(logits, ids[0, 1:])).backward()
     return [_cached(*recorder.held[i]) for i in recorder.ropes]
 
 
@@ -82,7 +84,8 @@ def _cached(keys: Tensor, values: Tensor) -> Cached:
 
     if keys.grad is None or values.grad is None:
         return Cached(plain(keys), plain(values))
-    return Cached(*(plain(x) for x in (keys, values, keys.grad, values.grad)))
+    grads = (plain(x) / SCALE for x in (keys.grad, values.grad))
+    return Cached(plain(keys), plain(values), *grads)
 
 
 @contextmanager
