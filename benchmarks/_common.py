@@ -77,15 +77,21 @@ def append_rows(name: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], Any]], repeats: int, warmup: int = 3
+    calls: dict[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` times, taking turns; the order rotates every round."""
+    """Seconds of each call, `repeats` times, taking turns; the order rotates every round.
+
+    With `time.process_time` as the clock they are seconds of work, which other processes change less.
+    """
     names, times = list(calls), {name: [] for name in calls}
     for i in range(warmup + repeats):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
-            taken = time.perf_counter() - start
+            taken = clock() - start
             if i >= warmup:
                 times[name].append(taken)
     return times

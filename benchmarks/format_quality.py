@@ -39,7 +39,10 @@ PUBLISHED = [
 STREAMING = [
     "streaming_kvquant_int8", "streaming_kvquant_int4", "streaming_kvquant_int4_sink_outlier",
     "streaming_kvquant_ablation_sink", "streaming_kvquant_ablation_outlier",
-    "streaming_kvquant_ablation_ema95", "streaming_kvquant(rope='pair')", "kvquant", "kvquant(bits=2)",
+    "streaming_kvquant_ablation_ema95", "streaming_kvquant(rope='pair')",
+    "streaming_kvquant(rope='post')", "streaming_kvquant(clip=False)",
+    "streaming_kvquant(key_bits=8, value_bits=8, clip=False)",
+    "int4(keys='channel', values='channel', symmetric=True)", "kvquant", "kvquant(bits=2)",
 ]  # fmt: skip
 LOUD = 16.0  # how much louder the scaled pairs are
 PAIRS = (3, 11)  # which of each head's rotary pairs
@@ -80,7 +83,7 @@ def calibrations(model: str, folder: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1536)
+    parser.add_argument("--tokens", type=int, default=3072)
     parser.add_argument("--prefill", type=int, default=1024)
     parser.add_argument("--needles", type=int, default=12, help="of 768 tokens")
     parser.add_argument("--threads", type=int, default=2)

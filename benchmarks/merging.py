@@ -28,20 +28,20 @@ from kvloom.evaluation.decoders import decoder_for, feed_prompt
 from kvloom.evaluation.measure import Scores
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "merging"
-SCORERS = ["h2o", "snapkv", "knorm", "streaming_llm(positions='original')"]
+SCORERS = ["snapkv", "h2o", "knorm"]
 MERGERS = [
     "", "nearest", "nearest(keys=True)", "mass_fold", "cam", "d2o", "refit",
-    "mean_centroid", "mp_kvm(max_centroids=16)",
+    "mean_centroid", "mp_kvm",
 ]  # fmt: skip
 BY_ATTENTION = ["mass_fold(weight='score')"]  # only after scorers whose scores are attention
-BASE = "mp_kvm(max_centroids=32)"
+BASE = "mp_kvm(max_centroids=128)"
 SWITCHES = [
-    "mass_bias=False", "positions='mean'", "positions='positionless'", "positions='slot'",
+    "mass_bias=False", "positions='slot'", "positions='positionless'",
     "rope='post'", "similarity_threshold=0.5", "similarity_threshold=0.95", "adaptive_threshold=True",
-    "min_merge_similarity=0.5", "init_preserve_first_n=8", "metric='euclidean'",
+    "min_merge_similarity=0.9", "init_preserve_first_n=8", "metric='euclidean'",
     "per_head_clustering=False", "per_head_clustering=False, head_mean=True", "update='ema'",
-    "sample_stride=4", "max_injected_centroids=8", "per_layer_injection=(0, 1)", "block=1",
-    "flush_threshold=16, flush_interval=64", "sinks=0", "max_centroids=8", "max_centroids=64",
+    "sample_stride=4", "max_injected_centroids=32", "per_layer_injection=(0, 1)", "block=1",
+    "flush_threshold=64, flush_interval=100", "sinks=0", "max_centroids=32", "max_centroids=64", "max_centroids=192",
 ]  # fmt: skip
 
 
@@ -115,11 +115,11 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=["mergers", "ablation"], required=True)
-    parser.add_argument("--budgets", nargs="+", default=["25%", "10%"])
-    parser.add_argument("--context", type=int, default=1536)
-    parser.add_argument("--decode", type=int, default=129, help="tokens fed singly, per document")
-    parser.add_argument("--documents", type=int, default=10)
-    parser.add_argument("--tasks", type=int, default=32)
+    parser.add_argument("--budgets", nargs="+", default=["25%"])
+    parser.add_argument("--context", type=int, default=3072)
+    parser.add_argument("--decode", type=int, default=97, help="tokens fed singly, per document")
+    parser.add_argument("--documents", type=int, default=6)
+    parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="only these recipes")
