@@ -284,11 +284,17 @@ def _before(policy):
     return [] if policy.kind in ("scorer", "format") else [registry.policies("scorer")["h2o"]()]
 
 
+# a parameter that some policies refuse unless another one makes use of it
+WAITS = {"group": {"keys": "channel"}, "seed": {"hadamard": "keys"}}
+
+
 def changes(policy):
     """The policy with each of its parameters changed in turn, to whatever value it accepts."""
     for field in dataclasses.fields(policy):
         default = getattr(policy, field.name)
-        accepted = [p for value in _others(default) if (p := _changed(policy, field.name, value))]
+        beside = [{}, WAITS[field.name]] if field.name in WAITS else [{}]
+        given = [{field.name: value, **other} for value in _others(default) for other in beside]
+        accepted = [p for parameters in given if (p := _changed(policy, parameters))]
         # a parameter that is a word has words that cannot be guessed
         assert accepted or isinstance(default, str), f"{policy.name}.{field.name}={default!r}"
         yield from accepted
@@ -303,12 +309,12 @@ def _others(default):
         return [default / 3, default + 0.3, default * 7]
     if isinstance(default, tuple):
         return [default * 2]
-    return [1, 3, 0.3, "x", (1.0, 2.0), (0, 1)] if default is None else []
+    return [1, 3, 0.3, True, "x", (1.0, 2.0), (0, 1)] if default is None else []
 
 
-def _changed(policy, name, value):
+def _changed(policy, parameters):
     try:
-        return dataclasses.replace(policy, **{name: value})
+        return dataclasses.replace(policy, **parameters)
     except (ValueError, TypeError):
         return None
 
