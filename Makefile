@@ -25,7 +25,7 @@ help:
 	@echo 'make test-oldest  a part of the tests on the oldest supported transformers'
 	@echo 'make peers        kvloom beside kvpress: kept entries, bytes, time per token'
 	@echo 'make quanto       kvloom beside transformers'"'"' QuantizedCache (optimum-quanto)'
-	@echo 'make docs         docs/methods.md from the docstrings, README'"'"'s table from its rows'
+	@echo 'make docs         docs/methods.md from the docstrings, tables and figures from their rows'
 	@echo 'make lint types   ruff, mypy; `make format` applies what ruff can'
 	@echo 'make clean        remove the environments and caches'
 
@@ -51,6 +51,7 @@ test-oldest: .venv-oldest/.ready
 docs: $(READY)
 	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_demo.py
+	$(BIN)/python docs/make_formats.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
