@@ -10,7 +10,7 @@ from torch import Tensor
 from kvloom.core.block import Block
 from kvloom.core.compaction import compact
 from kvloom.core.entries import Entries
-from kvloom.core.fold import fold_losers
+from kvloom.core.fold import fold_losers, fold_oldest
 from kvloom.core.forward import Forward
 from kvloom.core.policy import select
 from kvloom.core.view import entries_of
@@ -32,8 +32,9 @@ def compress_if_due(store: LayerStore, pending: Block, forward: Forward, capacit
         return pending
     cells = due[:, None] if store.plan.pools else target != length
     if store.plan.drops_oldest:
+        pending = _drop_oldest(store, pending, forward, length - target)
         store.since = store.since.masked_fill(cells, 0)
-        return _drop_oldest(store, pending, length - target)
+        return pending
     try:
         pending = _compress(store, pending, forward, capacity, target, pinned, due)
     except Exception:
@@ -94,14 +95,21 @@ def _compress(
     return _remove(store, pending, keep, folded)
 
 
-def _drop_oldest(store: LayerStore, pending: Block, n: Tensor) -> Block:
+def _drop_oldest(store: LayerStore, pending: Block, forward: Forward, n: Tensor) -> Block:
     """Move the start of each head by `n [B, H]` (host); the device is not waited for."""
+    folded: int | None = 0
+    if store.plan.merger is not None:
+        try:
+            folded = fold_oldest(store, entries_of(store, pending, forward.call), pending, n)
+        except Exception:
+            store.tail = pending.owned(pending.longest)
+            raise
     sealed = torch.minimum(n, store.pool.live)
     store.pool.drop_oldest(sealed)
     exact = n - sealed
     if bool(exact.any()):
         pending = pending.span(exact, pending.count - exact)
-    _note(store, int(n.sum()), folded=0)
+    _note(store, int(n.sum()), folded)
     return pending
 
 

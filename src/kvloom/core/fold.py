@@ -29,12 +29,7 @@ def fold_losers(
     """
     merger, lost = store.plan.merger, entries.valid & ~keep
     if isinstance(merger, CentroidMerger):
-        assert store.centroids is not None
-        losers = losers_of(store, entries, lost, pending, merger)
-        store.centroids, store.merger_memory = merger.ingest(
-            losers, store.centroids, store.merger_memory
-        )
-        return pending, merger.taken(losers)
+        return pending, _ingest(store, merger, losers_of(store, entries, lost, pending, merger))
     if isinstance(merger, SurvivorMerger):
         group = _group(store, entries, keep, lost, pending.longest, merger)
         merged = merger.merge(group)
@@ -44,26 +39,53 @@ def fold_losers(
     return pending, 0
 
 
+def fold_oldest(store: LayerStore, entries: Entries, pending: Block, n: Tensor) -> int | None:
+    """Hand the oldest `n [B, H]` (host) entries to the recipe's centroids, as `fold_losers` does, without
+    waiting for the device.
+    """
+    merger, valid = store.plan.merger, entries.valid
+    assert isinstance(merger, CentroidMerger)
+    lost = valid & (valid.cumsum(-1) <= n.to(valid.device)[..., None])
+    return _ingest(store, merger, losers_of(store, entries, lost, pending, merger, n))
+
+
+def _ingest(store: LayerStore, merger: CentroidMerger, losers: Losers) -> int | None:
+    assert store.centroids is not None
+    store.centroids, store.merger_memory = merger.ingest(
+        losers, store.centroids, store.merger_memory
+    )
+    return merger.taken(losers)
+
+
 def losers_of(
-    store: LayerStore, entries: Entries, lost: Tensor, pending: Block, merger: CentroidMerger
+    store: LayerStore,
+    entries: Entries,
+    lost: Tensor,
+    pending: Block,
+    merger: CentroidMerger,
+    oldest: Tensor | None = None,
 ) -> Losers:
     """The entries that `lost` (bool `[B, H, S]`) marks, side by side and in order.
 
-    Only tiles that some loser lies in are decoded.
+    Only tiles that some loser lies in are decoded. `oldest` (host `[B, H]`) says that they are so many
+    oldest ones; then the device is not waited for.
     """
     sealed, parts, columns = lost.shape[2] - pending.longest, [], []
-    for slab, start, first, stop in _tiles_of(store, lost):
+    for slab, start, first, stop in _tiles_of(store, lost, oldest):
         at = slice(start + first * TILE, start + stop * TILE)
         keys, values = store.pool.decode_tiles(slab, first, stop)
         parts.append((_as_folded(store, merger, keys, entries.positions[:, :, at], True), values))
         columns.append(at)
-    exact = slice(sealed, lost.shape[2])
-    keys, values = (x[:, :, : pending.longest] for x in (pending.keys, pending.values))
-    parts.append((_as_folded(store, merger, keys, entries.positions[:, :, exact], False), values))
-    columns.append(exact)
+    if oldest is None or bool((oldest > store.pool.live).any()):
+        exact = slice(sealed, lost.shape[2])
+        keys, values = (x[:, :, : pending.longest] for x in (pending.keys, pending.values))
+        positions = entries.positions[:, :, exact]
+        parts.append((_as_folded(store, merger, keys, positions, False), values))
+        columns.append(exact)
 
     mask = torch.cat([lost[:, :, at] for at in columns], 2)
-    order = torch.argsort(~mask, dim=-1, stable=True)[..., : int(mask.sum(-1).max())]
+    most = int((mask.sum(-1) if oldest is None else oldest).max())
+    order = torch.argsort(~mask, dim=-1, stable=True)[..., :most]
 
     def meta(x: Tensor) -> Tensor:
         return torch.cat([x[:, :, at] for at in columns], 2).gather(2, order)
@@ -75,15 +97,25 @@ def losers_of(
     )
 
 
-def _tiles_of(store: LayerStore, lost: Tensor) -> Iterator[tuple[Slab, int, int, int]]:
+def _tiles_of(
+    store: LayerStore, lost: Tensor, oldest: Tensor | None
+) -> Iterator[tuple[Slab, int, int, int]]:
     """Slabs with losers, how many slots lie before each, and the range of tiles with losers."""
     start = 0
     for slab in store.pool.slabs:
         n = slab.pages * PAGE
-        some = lost[:, :, start : start + n].any(0).any(0).unflatten(0, (-1, TILE)).any(-1)
-        tiles = some.nonzero().flatten().tolist()
-        if tiles:
-            yield slab, start, tiles[0], tiles[-1] + 1
+        if oldest is not None and slab.alive is None:
+            mine = torch.minimum(oldest, slab.live)
+            oldest, some = oldest - mine, mine > 0
+            if bool(some.any()):
+                first, last = slab.skip[some], (slab.skip + mine)[some]
+                yield slab, start, int(first.min()) // TILE, -(-int(last.max()) // TILE)
+        else:
+            here = lost[:, :, start : start + n].any(0).any(0).unflatten(0, (-1, TILE)).any(-1)
+            tiles = here.nonzero().flatten().tolist()
+            oldest = None if oldest is None else oldest - torch.minimum(oldest, slab.live)
+            if tiles:
+                yield slab, start, tiles[0], tiles[-1] + 1
         start += n
 
 

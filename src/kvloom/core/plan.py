@@ -120,8 +120,8 @@ class LayerPlan:
     @cached_property
     def drops_oldest(self) -> bool:
         """Whether an eviction only moves the start of each head's entries."""
-        scorer, plain = self.recipe.scorer, self.merger is None and not self.pools
-        plain = plain and self.format.movable and not self.observes
+        scorer, plain = self.recipe.scorer, not isinstance(self.merger, SurvivorMerger)
+        plain = plain and self.format.movable and not self.pools and not self.observes
         return bool(scorer and scorer.oldest_first and plain)
 
     @cached_property

@@ -314,7 +314,9 @@ class Clusters:
     # -- the end ---------------------------------------------------------------------------------
 
     def close(self, held: Block) -> Block:
-        """The centroids as a block like `held`; here the device is waited for."""
+        """The centroids as a block like `held`; here the device is waited for, unless all slots were in use
+        before, which stay so.
+        """
         (B, H, room, _), values = held.keys.shape, held.values.shape[3]
         order = torch.argsort(self.gone, dim=-1, descending=True, stable=True)[:, :room]
         used = self.gone.gather(1, order) == 0
@@ -328,7 +330,10 @@ class Clusters:
         for x, part in zip(out[2:], parts[2:], strict=True):
             x.copy_(part[..., 0].expand(B, H, room))
         keys, content, positions, mass = out
-        count = used.sum(-1).cpu().view(self.cells).expand(B, H).contiguous()
+        full = not self.rules.flush_threshold and held.size == self.rules.max_centroids
+        count = held.count
+        if not full:
+            count = used.sum(-1).cpu().view(self.cells).expand(B, H).contiguous()
         return Block(keys, content, count, {"mass": mass.log_(), "positions": positions})
 
 
