@@ -17,8 +17,8 @@ from kvloom.cli.compare import Options, run
 from kvloom.evaluation.results import Protocol
 
 OUT = Path(__file__).parent.parent / "docs" / "results" / "merging" / "sweep"
-FRACTIONS = (25, 12.5, 6.25, 4, 2.5, 1)
-EVICTING = ["streaming_llm(positions='original')", "h2o", "random", "knorm"]
+FRACTIONS = (50, 25, 12.5, 6.25, 4, 2.5, 1)
+EVICTING = ["streaming_llm", "h2o", "random", "knorm"]
 LENGTH = 4096
 MERGED = (0.3, 0.6)  # shares of the entries that are centroids
 
