@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation import compare, needles, texts
+from kvloom.evaluation import compare, identity, needles, texts
 from kvloom.evaluation.decoders import decoder_for, feed_prompt
 from kvloom.evaluation.measure import Scores
 
@@ -41,7 +41,7 @@ SWITCHES = [
     "min_merge_similarity=0.9", "init_preserve_first_n=8", "metric='euclidean'",
     "per_head_clustering=False", "per_head_clustering=False, head_mean=True", "update='ema'",
     "sample_stride=4", "max_injected_centroids=32", "per_layer_injection=(0, 1)", "block=1",
-    "flush_threshold=64, flush_interval=100", "sinks=0", "max_centroids=32", "max_centroids=64", "max_centroids=192",
+    "flush_threshold=64, flush_interval=100", "sinks=0", "window_size=64", "window_size=256", "max_centroids=32", "max_centroids=64", "max_centroids=192",
 ]  # fmt: skip
 
 
@@ -129,7 +129,12 @@ def main() -> None:
     path = RESULTS / f"{given.part}.jsonl"
     setting = {k: v for k, v in vars(given).items() if k in ("context", "decode", "documents", "tasks", "dtype")}  # fmt: skip
     lines = path.read_text().splitlines() if path.exists() else []
-    held = {(r["recipe"], r["budget"]) for r in map(json.loads, lines) if r["setting"] == setting}
+    source = identity.environment(torch.device("cpu")).source_sha256
+    held = {
+        (r["recipe"], r["budget"])
+        for r in map(json.loads, lines)
+        if r["setting"] == setting and r["source_sha256"] == source
+    }
     recipes = given.only or (merger_recipes() if given.part == "mergers" else ablation_recipes())
     with torch.inference_mode():
         bench = Bench(given)
@@ -137,8 +142,9 @@ def main() -> None:
         for recipe, budget in cells if given.only else [("none", None), *cells]:
             if (recipe, budget) in held:
                 continue
-            row = bench.measure(recipe, budget)
-            where = provenance(given.threads)
+            asked = None if "window_size" in recipe else budget  # a window states the size itself
+            row = bench.measure(recipe, asked)
+            where = {**provenance(given.threads), "source_sha256": source}
             line = {"recipe": recipe, "budget": budget, "setting": setting, **where, **row}
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
