@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,11 +26,11 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "merging.md"
 SWEEP = RESULTS / "merging" / "sweep"
 DRAWS = 4000  # bootstrap resamples
-DENSE = "none"
+ABLATED = "mp_kvm(max_centroids=128)"  # what benchmarks/merging.py turns the switches of
 
 
 def lines(part: str) -> list[dict[str, Any]]:
-    """The last line of each recipe and budget."""
+    """The last line of each recipe and budget, in the order of measuring."""
     path = RESULTS / "merging" / f"{part}.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = {(r["recipe"], r["budget"]): r for r in map(json.loads, text.splitlines())}
@@ -43,35 +45,43 @@ def interval(differences: list[float]) -> tuple[float, float, float]:
     return fmean(differences), means[int(0.025 * DRAWS)], means[int(0.975 * DRAWS) - 1]
 
 
-def base_of(recipe: str, held: dict[str, dict[str, Any]]) -> str:
-    """The scorer alone that a recipe with a merger is compared with."""
-    return recipe.partition(" | ")[0]
+def base_of(row: dict[str, Any], found: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """Of the rows of the recipe `name`, at whatever budget, the one that holds most nearly as many bytes."""
+    named = [r for r in found if r["recipe"] == name]
+    return min(named, key=lambda r: abs(_held(r) - _held(row)), default=None)
 
 
-def paired_table(part: str, base: Any) -> str:
-    """Markdown: each recipe against its base at the same budget."""
+def paired_table(part: str, name_of: Callable[[str], str]) -> str:
+    """Markdown: each recipe against the one that `name_of` names, at equal bytes."""
     found = lines(part)
     if not found:
         return "Not measured yet."
     out = [
-        "| budget | recipe | KiB | KL (nats) | KL against base | loss against base (nats) | needles | "
-        "needles against base |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| recipe | KiB | bytes of base | KL (nats) | KL against base | loss against base (nats) | "
+        "needles | needles against base |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for budget in dict.fromkeys(r["budget"] for r in found if r["budget"]):
-        held = {r["recipe"]: r for r in found if r["budget"] == budget}
-        for recipe, row in held.items():
-            start = held.get(base(recipe, held))
-            cells = [f"{budget}", f"`{recipe}`", f"{fmean(row['nbytes']) / 1024:.0f}",
-                     f"{fmean(row['kl']):.4f}"]  # fmt: skip
-            right = f"{sum(row['right'])}/{len(row['right'])}"
-            if start is None or start is row:
-                out.append("| " + " | ".join([*cells, "base", "base", right, "base"]) + " |")
-                continue
-            kl, nll, needle = (_paired(row[k], start[k]) for k in ("kl", "nll", "right"))
-            shown = [_shown(*kl, 4), _shown(*nll, 4), right, _shown(*needle, 2)]
-            out.append("| " + " | ".join([*cells, *shown]) + " |")
+    for row in found:
+        base = base_of(row, found, name_of(row["recipe"]))
+        if row["budget"] is not None and base is not None:
+            out.append("| " + " | ".join(_cells(row, base)) + " |")
     return "\n".join(out)
+
+
+def _cells(row: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    budget = "" if "window_size" in row["recipe"] else f" @ {row['budget']}"
+    right = f"{sum(row['right'])}/{len(row['right'])}"
+    first = [f"`{row['recipe']}{budget}`", f"{_held(row) / 1024:.0f}"]
+    if base is row:
+        return [*first, "base", f"{fmean(row['kl']):.4f}", "", "", right, ""]
+    ratio = _held(row) / _held(base)
+    kl, nll, needle = (_paired(row[k], base[k]) for k in ("kl", "nll", "right"))
+    shown = [_shown(*kl, 4), _shown(*nll, 4), right, _shown(*needle, 2)]
+    return [*first, f"{ratio:.0%}", f"{fmean(row['kl']):.4f}", *shown]
+
+
+def _held(row: dict[str, Any]) -> float:
+    return fmean(row["nbytes"])
 
 
 def _paired(new: list[float], old: list[float]) -> tuple[float, float, float]:
@@ -93,12 +103,27 @@ def sweep_rows() -> list[Row]:
 
 
 def fraction(row: Row) -> float:
-    return 100.0 if row.subject.budget is None else float(row.subject.budget.rstrip("%"))
+    """Percent of a dense cache in the model's dtype that was asked for; budgets are against 16 bits."""
+    if row.subject.budget is None:
+        return 100.0
+    return float(row.subject.budget.rstrip("%")) * row.bytes.dense / row.bytes.dtype_dense
+
+
+def share(row: Row) -> float:
+    """Percent of a dense cache in the model's dtype that was held."""
+    b = row.bytes
+    return 100 * b.compressed_mean / b.dense_mean * b.dense / b.dtype_dense
 
 
 def method(row: Row) -> str:
-    """mp_kvm has another number of centroids at each fraction."""
-    return row.subject.recipe.partition("max_centroids")[0].rstrip("(, ") or row.subject.recipe
+    """The recipe; mp_kvm by its centroids' share of the entries asked for, since it has other numbers of
+    them at each fraction.
+    """
+    number = re.fullmatch(r"mp_kvm\(max_centroids=(\d+)\)", row.subject.recipe)
+    if number is None:
+        return row.subject.recipe
+    part = int(number[1]) / (row.protocol.tokens * fraction(row) / 100)
+    return f"mp_kvm, {round(10 * part) * 10} % centroids"
 
 
 def sweep_table() -> str:
@@ -107,15 +132,14 @@ def sweep_table() -> str:
     if not found:
         return "Not measured yet."
     out = [
-        "| asked for | recipe | held | of it without live entries | perplexity | KL (nats) | needles |",
+        "| fraction | recipe | held | of it without live entries | perplexity | KL (nats) | needles |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(found, key=lambda r: (-fraction(r), r.subject.recipe)):
         b, q = row.bytes, row.quality
-        share = b.compressed_mean / b.dense_mean
         note = " (floor)" if b.allowed and b.compressed_mean > 1.02 * b.allowed else ""
         out.append(
-            f"| {fraction(row):g} % | `{row.subject.recipe}` | {share:.1%}{note} | "
+            f"| {fraction(row):g} % | `{row.subject.recipe}` | {share(row):.1f} %{note} | "
             f"{b.slack / max(1, b.final):.0%} | {q.decode_perplexity:.2f} | {q.kl or 0:.3f} | "
             f"{q.needles_right}/{q.needles} |"
         )
@@ -132,11 +156,8 @@ def draw_sweep() -> None:
     names = dict.fromkeys(method(r) for r in found if r.subject.budget is not None)
     colours = plt.get_cmap("tab10")
     for i, name in enumerate(names):
-        mine = sorted(
-            (r for r in found if r.subject.budget and method(r) == name),
-            key=lambda r: r.bytes.compressed_mean / r.bytes.dense_mean,
-        )
-        share = [100 * r.bytes.compressed_mean / r.bytes.dense_mean for r in mine]
+        mine = sorted((r for r in found if r.subject.budget and method(r) == name), key=share)
+        held = [share(r) for r in mine]
         style = {
             "color": colours(i),
             "marker": "osD^vPX*"[i % 8],
@@ -145,9 +166,9 @@ def draw_sweep() -> None:
             "label": name,
         }
         axes[0].plot(
-            share, [100 * r.quality.needles_right / r.quality.needles for r in mine], **style
+            held, [100 * r.quality.needles_right / r.quality.needles for r in mine], **style
         )
-        axes[1].plot(share, [r.quality.decode_perplexity for r in mine], **style)
+        axes[1].plot(held, [r.quality.decode_perplexity for r in mine], **style)
     if full is not None and full.quality.decode_perplexity is not None:
         dense = 100 * full.quality.needles_right / full.quality.needles
         axes[0].axhline(dense, color="0.5", ls=":", lw=1)
@@ -156,7 +177,7 @@ def draw_sweep() -> None:
         )
     for ax, label in zip(axes, ("needles found (%)", "perplexity, token by token"), strict=True):
         ax.set_xscale("log")
-        ax.set_xlabel("bytes held (% of a 16-bit dense cache)")
+        ax.set_xlabel("bytes held (% of a dense cache)")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
         ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
@@ -180,8 +201,8 @@ def filled(page: str, tables: dict[str, str]) -> str:
 
 def main() -> None:
     tables = {
-        "mergers": paired_table("mergers", base_of),
-        "ablation": paired_table("ablation", lambda _, held: next(iter(held))),
+        "mergers": paired_table("mergers", lambda recipe: recipe.partition(" | ")[0]),
+        "ablation": paired_table("ablation", lambda _: ABLATED),
         "sweep": sweep_table(),
     }
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")
