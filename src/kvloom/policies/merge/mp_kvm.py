@@ -36,7 +36,7 @@ class MPKVM(CentroidMerger):
         adaptive_threshold: the threshold is the quantile of the best similarities of the last 64
             batches, this one included; a batch is a block, the last one of a compression may be short.
             threshold_quantile: that quantile.
-        min_merge_similarity: below it the two lightest centroids merge, not the closest.
+        min_merge_similarity: below it the two lightest centroids merge, not the closest: lone keys get lost.
         init_preserve_first_n: so many first tokens of each head open centroids of their own.
         metric: `"cosine"` or `"euclidean"`, d <= 1 - threshold.
         per_head_clustering: False: one clustering per layer, by the keys of all heads side by side;
@@ -49,8 +49,8 @@ class MPKVM(CentroidMerger):
         mass_bias: False: a centroid attends like one token.
         max_injected_centroids: only so many are attended to, the heaviest.
         per_layer_injection: compressed layers, from 0, that have centroids; None: all.
-        flush_threshold: so many centroids may wait beyond max_centroids before pairs merge.
-        flush_interval: they wait for that many tokens at most; 0: for ever.
+        flush_threshold: so many centroids may wait beyond max_centroids before pairs merge; seldom faster,
+            and `lazy` saves more. flush_interval: they wait for that many tokens at most; 0: for ever.
         block: tokens compared at once with the centroids as they were; 1: one by one.
 
     Raises ValueError if a parameter contradicts the recipe or another parameter.
