@@ -413,6 +413,7 @@ class ShadowLayer(CacheLayerMixin):
             mask_of(here, gone), mask_of(here, keep), mask_of(here, open_),
             {name: x[None, None] for name, x in state.items()},
             torch.tensor([scores[j] for j in here])[None, None],
+            mask_of(here, here[: max(0, len(here) - self.cache.recipe.scorer.unscored)]),
             self.positions[b, here][None, None].int(),
             self.merged[b][h].memory, logits["scale"], logits["softcap"], self.index,
         )  # fmt: skip

@@ -26,12 +26,14 @@ Oracle = Callable[["Cell", torch.dtype], tuple[Tensor, Tensor]]
 
 @dataclass
 class Cell:
-    """One KV head of one row: indices of who is lost and who is open, and the fields of `Group`."""
+    """One KV head of one row: indices of who is lost, kept, and so on, and the fields of `Group`."""
 
     group: Group
     row: int
     head: int
     lost: list[int]
+    kept: list[int]
+    scored: list[int]
     open: list[int]
     there: list[int]
     keys: Tensor
@@ -45,18 +47,27 @@ class Cell:
         return keys / keys.norm(dim=-1, keepdim=True)
 
     def nearest(self, j: int) -> tuple[int, float]:
-        """The open entry most like entry j, the oldest of equals, and its cosine, in fp64."""
-        cosines = (self.unit[self.open] @ self.unit[j]).tolist()
+        """The kept entry most like entry j, the oldest of equals, and its cosine, in fp64."""
+        return self.most_like(j, self.kept)
+
+    def most_like(self, j: int, among: list[int]) -> tuple[int, float]:
+        cosines = (self.unit[among] @ self.unit[j]).tolist()
         best = max(range(len(cosines)), key=lambda n: (cosines[n], -n))
-        return self.open[best], cosines[best]
+        return among[best], cosines[best]
+
+    @cached_property
+    def matched(self) -> list[int]:
+        """Losers whose most similar survivor may be changed."""
+        return [j for j in self.lost if self.kept and self.nearest(j)[0] in self.open]
 
 
 def cells(group: Group) -> list[Cell]:
     found = []
     for b in range(group.keys.shape[0]):
         for h in range(group.keys.shape[1]):
-            marks = (group.lost[b, h], group.open[b, h], group.lost[b, h] | group.kept[b, h])
-            lists = [mark.nonzero().flatten().tolist() for mark in marks]
+            marks = (group.lost, group.kept, group.kept & group.scored, group.open)
+            marks += (group.lost | group.kept,)
+            lists = [mark[b, h].nonzero().flatten().tolist() for mark in marks]
             state = {name: x[b, h] for name, x in group.state.items()}
             scores = group.scores[b, h].tolist()
             arrays = group.keys[b, h], group.values[b, h]
@@ -69,7 +80,7 @@ def random_group(
     B: int = 3, H: int = 2, S: int = 24, D: int = 8, G: int = 2, queries: int = 0, **changes: Any,
 ) -> Group:  # fmt: skip
     """Ragged heads with dead slots between, closed survivors, a head that loses nothing and one in
-    which nothing is open.
+    which nothing is open; the newest are not scored, though they have a score.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -95,8 +106,9 @@ def random_group(
         memory["queries"] = randn(B, H, G, queries, D)
         memory["held"] = torch.tensor([queries, -(-queries // 2), 1])[:B]
     scores = rand(B, H, S).masked_fill(~valid, -1.0)
+    scored = (torch.arange(S) < S - S // 8).expand(B, H, S).clone()
     group = Group(
-        keys, values, lost, kept, open_, held, scores, positions, memory, D**-0.5, None, 1
+        keys, values, lost, kept, open_, held, scores, scored, positions, memory, D**-0.5, None, 1
     )
     return replace(group, **changes)
 

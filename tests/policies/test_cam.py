@@ -31,8 +31,8 @@ def draw(seed, layer, head, position):
 def chances(cell: Cell, spread):
     """Probability and carriers of each loser."""
     for j in cell.lost:
-        carriers = [i for i in cell.open if i > j][:spread]
-        if carriers:
+        carriers = [i for i in cell.scored if i > j][:spread]
+        if set(carriers) & set(cell.open):
             mean = sum(cell.scores[i] for i in carriers) / len(carriers)
             most = cell.scores[j] / mean if mean else float(cell.scores[j] > 0)
             yield j, min(1.0, most), carriers
@@ -44,7 +44,7 @@ def oracle(spread=32, seed=0):
         for j, chance, carriers in chances(cell, spread):
             position = int(cell.group.positions[cell.row, cell.head, j])
             if draw(seed, cell.group.layer, cell.head, position) < chance:
-                for i in carriers:
+                for i in set(carriers) & set(cell.open):
                     values[i] += cell.values[j].to(dtype) / len(carriers)
         return cell.keys, values
 
@@ -70,6 +70,7 @@ def test_survivors_that_carry_nothing_stay_to_the_bit():
         for j, _, chosen in chances(cell, 2):
             if made.folded[cell.row, cell.head, j]:
                 carriers[cell.row, cell.head, chosen] = True
+    carriers &= group.open
     changed = (made.values != group.values).any(-1)
     assert torch.equal(changed, carriers) and changed.any() and (group.open & ~changed).any()
 
@@ -94,6 +95,7 @@ def test_attention_to_the_lost_is_kept_on_average():
     group.lost[:] = False
     group.lost[0, 1, 7] = True
     group.kept[:] = group.open[:] = ~group.lost
+    group.scored[:] = True
     group.scores = 0.5 + group.scores.abs()
     group.scores[0, 1, 7] = 0.4
     runs = 400
@@ -113,6 +115,28 @@ def test_zero_attention_is_never_spread():
     made = Cam().merge(group)
     assert not made.folded.any()
     assert torch.equal(made.values, group.values)
+
+
+def test_nothing_is_spread_where_no_survivor_is_scored():
+    group = random_group(4)
+    group.scored &= group.lost
+    made = Cam().merge(group)
+    assert not made.folded.any()
+    assert torch.equal(made.values, group.values)
+
+
+def test_the_observation_window_is_not_scored(monkeypatch):
+    """All of snapkv's window stays with a score of 0, which must not pass for attention."""
+    groups = []
+    original = Cam.merge
+    monkeypatch.setattr(Cam, "merge", lambda *a: groups.append(a[1]) or original(*a))
+    model = build("llama")
+    model(tokens(80), past_key_values=CompressedCache(model, "snapkv(window=16) | cam", "50tok"))
+    for group in groups:
+        there = group.kept | group.lost
+        assert torch.equal((there & ~group.scored).sum(-1), torch.full((1, 2), 16))
+        assert (group.kept[..., -16:] & ~group.scored[..., -16:]).all()
+    assert groups
 
 
 def test_negative_scores_are_refused():

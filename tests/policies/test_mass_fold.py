@@ -25,9 +25,10 @@ def folds(cell: Cell, weight, least):
     """Survivor -> `(loser, w m)` of all that it takes in."""
     found: dict[int, list[tuple[int, float]]] = {}
     mass = cell.state["mass"].double().exp()
-    for j in cell.lost if cell.open else []:
-        i, cosine = cell.nearest(j)
-        if cosine >= least:
+    targets = cell.kept if weight == "count" else cell.scored
+    for j in cell.lost if targets else []:
+        i, cosine = cell.most_like(j, targets)
+        if cosine >= least and i in cell.open:
             w = 1.0 if weight == "count" else min(1.0, cell.scores[j] / cell.scores[i])
             found.setdefault(i, []).append((j, w * float(mass[j])))
     return found
@@ -121,6 +122,20 @@ def test_in_caches(monkeypatch, scorer, fmt):
     cache = check_in_caches(monkeypatch, MassFold, f"{scorer} | mass_fold | {fmt}", oracle())
     stats = cache.stats()
     assert 0 < stats.merged <= stats.evicted
+
+
+@pytest.mark.parametrize("scorer", ["h2o", "snapkv(window=16)"])
+def test_ratios_of_scores_in_caches(monkeypatch, scorer):
+    recipe = f"{scorer} | mass_fold(weight='score')"
+    stats = check_in_caches(monkeypatch, MassFold, recipe, oracle("score")).stats()
+    assert 0 < stats.merged <= stats.evicted
+
+
+def test_unscored_survivors_take_nothing_in():
+    group = group_of(1)
+    group.scored &= group.lost
+    made = MassFold(weight="score").merge(group)
+    assert not made.folded.any() and torch.equal(made.values, group.values)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def oracle(average_keys):
     def merged(cell: Cell, dtype):
         keys, values = cell.keys.to(dtype).clone(), cell.values.to(dtype).clone()
         members = {i: [i] for i in cell.open}
-        for j in cell.lost if cell.open else []:
+        for j in cell.matched:
             members[cell.nearest(j)[0]].append(j)
         for i, group in members.items():
             if len(group) == 1:
@@ -47,12 +47,19 @@ def test_equals_the_loops(seed, keys):
     check_rows(Nearest(keys=keys), group)
 
 
-def test_everything_finds_a_place_where_one_is_open():
+def test_everything_finds_a_place_where_all_is_open():
+    group = random_group(1, state=("taken",))
+    group.open = group.kept
+    assert torch.equal(Nearest().merge(group).folded, group.lost) and group.lost[0, 1].any()
+
+
+def test_what_resembles_a_sealed_entry_most_is_dropped():
     group = random_group(1, state=("taken",))
     made = Nearest().merge(group)
     for cell in cells(group):
-        folded = made.folded[cell.row, cell.head]
-        assert int(folded.sum()) == (len(cell.lost) if cell.open else 0)
+        folded = made.folded[cell.row, cell.head].nonzero().flatten().tolist()
+        assert folded == cell.matched
+    assert 0 < int(made.folded.sum()) < int(group.lost[group.open.any(-1)].sum())
     assert not made.folded[0, 1].any() and group.lost[0, 1].any()
 
 
@@ -61,7 +68,7 @@ def test_counts_are_the_tokens():
     made = Nearest().merge(group)
     for cell in cells(group):
         if cell.open:
-            before = sum(1 + float(cell.state["taken"][j]) for j in [*cell.open, *cell.lost])
+            before = sum(1 + float(cell.state["taken"][j]) for j in [*cell.open, *cell.matched])
             after = 1 + made.state["taken"][cell.row, cell.head][cell.open]
             assert float(after.sum()) == before
 

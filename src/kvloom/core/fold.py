@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvloom.core.block import Block, take_slots
+from kvloom.core.block import Block, from_newest, take_slots
 from kvloom.core.entries import Entries
 from kvloom.core.format import PAGE
 from kvloom.core.merge import CentroidMerger, Group, Losers, Merged, SurvivorMerger
@@ -141,7 +141,8 @@ def _group(
     exact: int,
     merger: SurvivorMerger,
 ) -> Group:
-    assert entries.scores is not None
+    scorer = store.plan.recipe.scorer
+    assert entries.scores is not None and scorer is not None
     kept = keep & entries.valid
     open_ = kept
     if not store.plan.format.in_place:
@@ -151,6 +152,7 @@ def _group(
         entries.keys.float(), entries.values.float(), lost, kept, open_,
         {name: entries.meta[name] for name in merger.state_names},
         entries.scores,
+        from_newest(entries.valid) > scorer.unscored,
         entries.meta.get("positions"),
         store.merger_memory,
         entries.scale, entries.softcap, entries.layer,

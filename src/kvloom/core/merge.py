@@ -64,6 +64,12 @@ class Merger(Policy):
         """The memory after one more forward; called only if it needs `queries`, see `Scorer.remember`."""
         return memory
 
+    def forget(self, memory: Memory, n: int) -> Memory:
+        """The memory without the newest `n` tokens of every row, which a `crop` takes back; statistics
+        that cannot do without them again stay as they are.
+        """
+        return memory
+
 
 @dataclass
 class Losers:
@@ -137,6 +143,8 @@ class Group:
         open: bool `[B, H, S]`, who stays and may be changed; the rest of `kept` is sealed.
         state: the merger's slot state, fp32 `[B, H, S]` each.
         scores: what the scorer thinks of them, `[B, H, S]`; larger is more important.
+        scored: bool `[B, H, S]`, whose score means something; not those that the scorer keeps without
+            looking at them (`Scorer.unscored`), such as snapkv's observation window.
         positions: original token indices, int32 `[B, H, S]`, if the merger needs `positions`.
         memory: what the merger remembers. scale, softcap: of the attention logits.
         layer: index among the compressed layers.
@@ -149,6 +157,7 @@ class Group:
     open: Tensor
     state: dict[str, Tensor]
     scores: Tensor
+    scored: Tensor
     positions: Tensor | None
     memory: Memory
     scale: float
@@ -177,7 +186,8 @@ class SurvivorMerger(Merger):
     """Folds losers into the exact entries that stay.
 
     Sinks are left alone. So are entries that a packed format has sealed already, since nothing is
-    quantized twice; dense pages can be changed.
+    quantized twice; dense pages can be changed. What a sealed entry would have taken in is dropped, and
+    not handed to the few open ones: those would be flooded by tokens that do not resemble them.
     """
 
     def merge(self, group: Group) -> Merged:

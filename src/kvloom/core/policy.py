@@ -149,6 +149,13 @@ class Scorer(Policy):
         """Names of the fp32 slot state that `arrive` creates."""
         return ()
 
+    @property
+    def unscored(self) -> int:
+        """How many of the newest entries are kept without looking at them: what `score` says of those
+        means nothing.
+        """
+        return 0
+
     def protected(self, capacity: Tensor) -> Tensor:
         """How many of the newest entries are always kept, given the capacity `[B, H]` (host)."""
         return torch.ones_like(capacity)
@@ -175,6 +182,12 @@ class Scorer(Policy):
         `memory` is empty at first. Every tensor has rows first, `[B, ...]`; its shape must not
         depend on how many tokens were seen, since budgets reserve room for it. Called only if the
         scorer needs `queries` or `pre_rope_queries`.
+        """
+        return memory
+
+    def forget(self, memory: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+        """The memory without the newest `n` tokens of every row, which a `crop` takes back; statistics
+        that cannot do without them again stay as they are.
         """
         return memory
 

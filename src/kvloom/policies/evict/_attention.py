@@ -36,6 +36,19 @@ def remember_newest(memory: dict[str, Tensor], new: Queries, n: int) -> dict[str
     return {"queries": torch.where(order < n, from_old, from_new), "held": total}
 
 
+def forget_newest(memory: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """What `remember_newest` remembers, without the newest `n` queries of every row: so many fewer are
+    held until new ones have come. What comes after a `crop` is the same as if the forgotten tokens had
+    never been, since a cache is not compressed before it is as long as it was already.
+    """
+    if not memory:
+        return memory
+    return {
+        "queries": memory["queries"].roll(n, -2),
+        "held": (memory["held"] - n).clamp_min(0),
+    }
+
+
 def attention_from(entries: Entries, memory: dict[str, Tensor]) -> Tensor:
     """Mean attention weight that the remembered queries pay to each entry, `[B, H, G, S]` fp32.
 

@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from kvloom.core.block import from_newest
 from kvloom.core.entries import Entries
 from kvloom.core.policy import Queries, Scorer, check
-from kvloom.policies.evict._attention import attention_from, remember_newest
+from kvloom.policies.evict._attention import attention_from, forget_newest, remember_newest
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class SnapKV(Scorer):
 
     Deviations: with grouped queries the pooled attention is averaged over the group (the paper's
     models have one query head per KV head); neighbours are entries that are still there; a budget
-    below W keeps the newest. After a `crop`, queries of forgotten tokens count until W newer ones
-    have come. Merged entries and a model's sink logits take no part in the softmax.
+    below W keeps the newest. Merged entries and a model's sink logits take no part in the softmax.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -55,11 +54,18 @@ class SnapKV(Scorer):
         check(self, odd, "kernel must be an odd int >= 1")
         check(self, self.pooling in ("avg", "max"), "pooling is 'avg' or 'max'")
 
+    @property
+    def unscored(self) -> int:
+        return self.window
+
     def protected(self, capacity: Tensor) -> Tensor:
         return capacity.clamp_max(self.window)
 
     def remember(self, memory: dict[str, Tensor], queries: Queries) -> dict[str, Tensor]:
         return remember_newest(memory, queries, self.window)
+
+    def forget(self, memory: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+        return forget_newest(memory, n)
 
     def score(self, entries: Entries) -> Tensor:
         valid = entries.valid

@@ -9,11 +9,14 @@ from torch.nn.functional import normalize
 _BLOCK_ELEMENTS = 1 << 24  # similarities held at once: 64 MiB in fp32
 
 
-def nearest_open(keys: Tensor, lost: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
-    """For each entry, the open one of the largest cosine: index `[B, H, S]` and cosine `[B, H, S]`.
+def nearest_open(keys: Tensor, lost: Tensor, kept: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
+    """For each entry, its cosine `[B, H, S]` to the most similar one of `kept`, and the index `[B, H,
+    S]` of that one. Of equals the oldest wins.
 
-    `keys [B, H, S, D]`; only where `lost` (bool `[B, H, S]`) is set the answer means anything, and
-    the cosine is -inf if nothing is open or the entry is not lost. Of equals the oldest wins.
+    `keys [B, H, S, D]`; `lost`, `kept` and `open_` are bool `[B, H, S]`. The cosine is -inf if the
+    entry is not lost, if nothing is kept, or if the most similar one is not open: it is sealed, and to
+    send the entry to the best of the few that are open instead would put far more into those than
+    resembles them.
     """
     unit = normalize(keys.float(), dim=-1)
     B, H, S, _ = unit.shape
@@ -23,9 +26,9 @@ def nearest_open(keys: Tensor, lost: Tensor, open_: Tensor) -> tuple[Tensor, Ten
     columns = lost.any(0).any(0).nonzero().flatten()  # decoding loses few of many
     for part in columns.split(step):
         cosine = unit[:, :, part] @ unit.transpose(2, 3)
-        cosine = cosine.masked_fill(~open_[:, :, None], float("-inf"))
+        cosine = cosine.masked_fill(~kept[:, :, None], float("-inf"))
         best[:, :, part], index[:, :, part] = cosine.max(-1)
-    return best.masked_fill(~lost, float("-inf")), index
+    return best.masked_fill(~(lost & open_.gather(2, index)), float("-inf")), index
 
 
 def add_to(index: Tensor, weight: Tensor, into: Tensor, x: Tensor | None = None) -> Tensor:

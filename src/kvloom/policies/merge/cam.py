@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvloom.core.merge import Group, Merged, SurvivorMerger
 from kvloom.core.policy import check
@@ -30,15 +31,17 @@ class Cam(SurvivorMerger):
 
     Attributes:
         spread: m, over how many survivors, in the order of their positions; fewer if there are not
-            that many.
+            that many. Only survivors that the scorer has scored count (none of snapkv's window):
+            what attention the others would pay for the loser, and so its chance, is not known.
         seed: of the chance. A draw is a hash of seed, layer, KV head and original position, so that
             batching, padding and chunking cannot change it.
 
     Deviations: A are the scorer's scores (accumulated for h2o, over a window for snapkv), where the
     published code takes the attention of the current step. Its mean over the m carriers is the
-    paper's; the published code takes the mean over the whole recent window. Only survivors that may
-    be changed carry, and the mean is over those. With fewer than m of them V is divided by their
-    number, which keeps the expectation.
+    paper's; the published code takes the mean over the whole recent window. With fewer than m carriers
+    V is divided by their number, which keeps the expectation; without any the loser is dropped.
+    Carriers that are sealed take nothing, and their share is lost, so that the few entries which
+    are open do not carry it all.
 
     An audit (arXiv:2607.05399) found that it never triggered in the evaluation that it checked;
     `stats().merged` over `stats().evicted` says how often it does. On the testbed model, after
@@ -66,23 +69,27 @@ class Cam(SurvivorMerger):
             raise ValueError(f"{self}: a score is below 0, so that it is no share of attention; use "
                              "a scorer that scores by attention, such as h2o, snapkv or tova")  # fmt: skip
         assert group.positions is not None
-        before = group.open.cumsum(-1)  # survivors up to here; the next one is number `before`
+        chain = group.kept & group.scored
+        before = chain.cumsum(-1)  # survivors up to here; the next one is number `before`
         after = (before + self.spread).clamp_max(before[..., -1:])
         carriers = after - before
 
-        order = torch.argsort(~group.open, dim=-1, stable=True)  # the slot of survivor number r
-        sums = (scores * group.open).gather(2, order).cumsum(-1)
-        sums = torch.cat([torch.zeros_like(sums[..., :1]), sums], -1)
-        mean = (sums.gather(2, after) - sums.gather(2, before)) / carriers.clamp_min(1)
+        order = torch.argsort(~chain, dim=-1, stable=True)  # the slot of survivor number r
+        among = torch.stack([scores * chain, (chain & group.open).double()])
+        sums = pad(among.gather(3, order.expand_as(among)).cumsum(-1), (1, 0))
+        total, takers = (x.gather(2, after) - x.gather(2, before) for x in sums)
+        mean = total / carriers.clamp_min(1)
         chance = torch.where(mean > 0, scores / mean, (scores > 0).double())
         draw = draws(group.positions, self.seed, _PURPOSE, group.layer)
-        folded = group.lost & (carriers > 0) & (draw < chance)
+        folded = group.lost & (takers > 0) & (draw < chance)
 
         some = folded.any(0).any(0).nonzero().flatten()  # decoding loses few of many
         first, stop, share = (x[..., some] for x in (before, after, folded / carriers.clamp_min(1)))
         given = _between(first, stop, share[..., None] * group.values[:, :, some].double(), before)
         took = _between(first, stop, folded[..., some, None].double(), before) > 0
-        values = torch.where(took & group.open[..., None], group.values + given, group.values)
+        values = torch.where(
+            took & (chain & group.open)[..., None], group.values + given, group.values
+        )
         return Merged(values.float(), folded=folded)
 
 

@@ -33,7 +33,8 @@ class D2O(SurvivorMerger):
     published code has one per layer and compares it with means over heads. Weights are the paper's;
     its code weighs a loser by its cosine, a survivor by 1, and divides by their number. The paper
     also gives more of the budget to layers whose attention varies less over the prompt's tokens, and
-    leaves its first two layers and the last alone: that is an allocator, and not here.
+    leaves its first two layers and the last alone: that is an allocator, and not here. Losers whose
+    most similar survivor is sealed are dropped, and do not move the threshold.
     """
 
     name: ClassVar[str] = "d2o"
@@ -54,7 +55,7 @@ class D2O(SurvivorMerger):
         return {"threshold": torch.full((rows, heads), -math.inf)}
 
     def merge(self, group: Group) -> Merged:
-        cosine, index = nearest_open(group.keys, group.lost, group.open)
+        cosine, index = nearest_open(group.keys, group.lost, group.kept, group.open)
         found = torch.isfinite(cosine)
         number = found.sum(-1)
         # equal similarities must reach a mean that is rounded

@@ -27,11 +27,13 @@ class MassFold(SurvivorMerger):
     Attributes:
         weight: `"count"`: w = 1, so that masses add up to the tokens folded; `"score"`: w_j is the
             ratio of the scorer's scores, score_j / score_i, at most 1, as published: a loser that
-            nobody looked at counts for less than the survivor that takes it in.
+            nobody looked at counts for less than the survivor that takes it in. Survivors that the
+            scorer has not scored (snapkv's window) take nothing in, since a ratio needs both scores.
         min_similarity: losers below this cosine are dropped.
 
     Deviations: published for one compression after the prompt with one loser at a time; here masses
-    carry over from one compression to the next. Sinks take nothing in, as published.
+    carry over from one compression to the next. Sinks take nothing in, as published. Losers whose
+    most similar survivor is sealed are dropped.
 
     Raises ValueError if `weight="score"` meets a score below 0: use a scorer that scores by attention.
     """
@@ -55,7 +57,8 @@ class MassFold(SurvivorMerger):
         return ("mass",)
 
     def merge(self, group: Group) -> Merged:
-        cosine, index = nearest_open(group.keys, group.lost, group.open)
+        targets = group.kept if self.weight == "count" else group.kept & group.scored
+        cosine, index = nearest_open(group.keys, group.lost, targets, targets & group.open)
         folded = group.lost & (cosine >= self.min_similarity) & torch.isfinite(cosine)
         mass = torch.exp(group.state["mass"])
         added = (mass * self._weights(group, index)).masked_fill(~folded, 0.0)

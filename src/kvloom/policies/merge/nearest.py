@@ -34,7 +34,7 @@ class Nearest(SurvivorMerger):
 
     Deviations: KVMerger merges runs of neighbours before anything is evicted, weighted by a Gaussian
     kernel around a pivot; here it is always the losers of the recipe's scorer, wherever they are,
-    and every token weighs the same.
+    and every token weighs the same. Losers whose most similar survivor is sealed are dropped.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
@@ -53,7 +53,7 @@ class Nearest(SurvivorMerger):
         return ("taken",)
 
     def merge(self, group: Group) -> Merged:
-        cosine, index = nearest_open(group.keys, group.lost, group.open)
+        cosine, index = nearest_open(group.keys, group.lost, group.kept, group.open)
         folded = torch.isfinite(cosine)
         count = 1 + group.state["taken"]
         added = count.masked_fill(~folded, 0.0)
