@@ -431,4 +431,8 @@ class LayerStore:
                 self.reclaim()
         if self.sinks is not None:
             self.sinks = self.sinks.shrunk(self.sinks.count - from_sinks)
+        if self.plan.recipe.scorer is not None:
+            self.memory = self.plan.recipe.scorer.forget(self.memory, n)
+        if self.plan.merger is not None:
+            self.merger_memory = self.plan.merger.forget(self.merger_memory, n)
         self.seen, self.since = self.seen - n, self.since - n

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvloom.core.entries import Entries
 from kvloom.core.policy import Queries, Scorer, check
-from kvloom.policies.evict._attention import attention_from, remember_newest
+from kvloom.policies.evict._attention import attention_from, forget_newest, remember_newest
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class TOVA(Scorer):
 
     def remember(self, memory: dict[str, Tensor], queries: Queries) -> dict[str, Tensor]:
         return remember_newest(memory, queries, 1)
+
+    def forget(self, memory: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+        return forget_newest(memory, n)
 
     def score(self, entries: Entries) -> Tensor:
         received = attention_from(entries, entries.memory).mean(2)

@@ -16,7 +16,7 @@ import torch
 
 from kvloom.core.merge import Group, Memory, Merged, SurvivorMerger
 from kvloom.core.policy import Queries, check
-from kvloom.policies.evict._attention import remember_newest
+from kvloom.policies.evict._attention import forget_newest, remember_newest
 from kvloom.policies.merge._least_squares import refitted
 
 
@@ -63,6 +63,9 @@ class Refit(SurvivorMerger):
 
     def remember(self, memory: Memory, queries: Queries) -> Memory:
         return remember_newest(memory, queries, self.queries)
+
+    def forget(self, memory: Memory, n: int) -> Memory:
+        return forget_newest(memory, n)
 
     def merge(self, group: Group) -> Merged:
         changes = group.lost.any(-1, keepdim=True) & group.open
