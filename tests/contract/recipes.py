@@ -60,8 +60,6 @@ SCHEDULES = [
     "lazy(every=8, slack=12, max_drop=3, rule='final')",
 ]
 BUDGETS = ["entries", "bytes", "percent"]
-# scorers whose scores may be below 0, and so are no shares of attention
-SIGNED = {"keydiff", "knorm", "recent", "streaming_llm"}
 
 
 BESIDE = {
@@ -99,7 +97,7 @@ def allowed(case: Case) -> bool:
     if scorer and in_cache(scorer):  # centroids keep original positions
         return merger == NONE
     shares = merger.startswith("cam") or "weight='score'" in merger
-    return not (shares and scorer and scorer.split("(")[0] in SIGNED)
+    return not (shares and scorer) or Recipe.parse(scorer).scorer.scores_attention
 
 
 def in_cache(scorer: str) -> bool:

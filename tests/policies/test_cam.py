@@ -139,23 +139,18 @@ def test_the_observation_window_is_not_scored(monkeypatch):
     assert groups
 
 
-def test_negative_scores_are_refused():
-    with pytest.raises(ValueError, match=r"cam: a score is below 0.*h2o, snapkv or tova"):
-        group = random_group(0)
-        Cam().merge(random_group(0, scores=group.scores - 0.5))
-    model = build("llama")
-    cache = CompressedCache(model, "knorm | cam", "50tok")
-    with pytest.raises(ValueError, match="a score is below 0"):
-        model(tokens(80), past_key_values=cache)
+@pytest.mark.parametrize(
+    "scorer", ["knorm", "random", "recent", "keydiff", "criticalkv(base='random')"]
+)
+def test_scores_that_are_no_attention_are_refused(scorer):
+    with pytest.raises(ValueError, match=r"recipe '.* \| cam': cam takes scores for attention"):
+        CompressedCache(build("llama"), f"{scorer} | cam", "50tok")
 
 
-def test_a_seed_serves_scorer_and_merger_without_agreeing():
-    """`random` keeps the largest hashes; were the draws the same, its losers would all be folded."""
-    model = build("llama")
-    cache = CompressedCache(model, "random | cam", "100tok")
-    model(tokens(400), past_key_values=cache)
-    stats = cache.stats()
-    assert 0.1 < stats.merged / stats.evicted < 0.7
+@pytest.mark.parametrize("scorer", ["tova", "expected_attention", "criticalkv"])
+def test_scores_that_are_attention_are_served(scorer):
+    cache = CompressedCache(build("llama"), f"{scorer} | cam", "50tok")
+    assert cache.recipe.scorer.scores_attention
 
 
 @pytest.mark.parametrize("fmt", ["dense", "int4"])

@@ -53,8 +53,19 @@ class Merger(Policy):
         """Whether it acts in this layer (counted among the compressed ones); elsewhere losers drop."""
         return True
 
+    @property
+    def reads_attention(self) -> bool:
+        """Whether it takes the scorer's scores for attention."""
+        return False
+
     def fit(self, plan: LayerPlan) -> None:
         """Raise ValueError if the rest of the recipe does not suit it."""
+        scorer = plan.recipe.scorer
+        if self.reads_attention and not (scorer and scorer.scores_attention):
+            raise ValueError(
+                f"recipe '{plan.recipe}': {self} takes scores for attention, which those of {scorer} "
+                "are not; use h2o, tova, snapkv, expected_attention or criticalkv"
+            )
 
     def memory(self, rows: int, heads: int) -> Memory:
         """What it remembers from one fold to the next, at first: `[B, ...]` tensors of constant shape."""

@@ -108,9 +108,14 @@ class Scorer(Policy):
 
     Subclasses implement `score`, and if they keep state per slot, `arrive` and `observe`. The
     entries exclude the pinned sinks.
+
+    Attributes:
+        scores_attention: whether scores are attention, never below 0, so that their ratios mean
+            something.
     """
 
     kind: ClassVar[str] = "scorer"
+    scores_attention: ClassVar[bool] = False
 
     @property
     def pinned(self) -> int:

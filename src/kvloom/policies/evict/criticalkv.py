@@ -60,7 +60,8 @@ class CriticalKV(Scorer):
     pinned, capacity, protected = map(_of_base, ("pinned", "capacity", "protected"))
     sets_target, target, exempt_layers = map(_of_base, ("sets_target", "target", "exempt_layers"))
     state_names, arrive, observe = map(_of_base, ("state_names", "arrive", "observe"))
-    remember, forget, unscored = map(_of_base, ("remember", "forget", "unscored"))
+    remember, forget = map(_of_base, ("remember", "forget"))
+    scores_attention, unscored = map(_of_base, ("scores_attention", "unscored"))
 
     def __post_init__(self) -> None:
         check(

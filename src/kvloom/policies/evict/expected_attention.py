@@ -36,6 +36,7 @@ class ExpectedAttention(Scorer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pre_rope_queries", "keys", "values"})
+    scores_attention: ClassVar[bool] = True
 
     n_future: int = 512
     sinks: int = 4

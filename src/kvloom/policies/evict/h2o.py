@@ -32,6 +32,7 @@ class H2O(Scorer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention_mass"})
+    scores_attention: ClassVar[bool] = True
 
     recent: float = 0.5
     sinks: int = 0

@@ -43,6 +43,7 @@ class SnapKV(Scorer):
 
     name: ClassVar[str] = "snapkv"
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "keys"})
+    scores_attention: ClassVar[bool] = True
 
     window: int = 32
     kernel: int = 5

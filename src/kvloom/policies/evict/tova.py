@@ -34,6 +34,7 @@ class TOVA(Scorer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "keys", "positions"})
+    scores_attention: ClassVar[bool] = True
 
     per_head: bool = False
 

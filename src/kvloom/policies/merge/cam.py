@@ -47,7 +47,7 @@ class Cam(SurvivorMerger):
     `stats().merged` over `stats().evicted` says how often it does. On the testbed model, after
     snapkv, it spreads 17 % of the losers where 25 % are kept and 9 % where 6.25 % are.
 
-    Raises ValueError if a score is below 0: use a scorer that scores by attention.
+    Raises ValueError, when a cache is made, if the scorer's scores are no attention.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"values", "positions"})
@@ -63,11 +63,12 @@ class Cam(SurvivorMerger):
     def conserves(self) -> bool:
         return False
 
+    @property
+    def reads_attention(self) -> bool:
+        return True
+
     def merge(self, group: Group) -> Merged:
         scores = group.scores.masked_fill(~(group.lost | group.kept), 0.0).double()
-        if bool((scores < 0).any()):
-            raise ValueError(f"{self}: a score is below 0, so that it is no share of attention; use "
-                             "a scorer that scores by attention, such as h2o, snapkv or tova")  # fmt: skip
         assert group.positions is not None
         chain = group.kept & group.scored
         before = chain.cumsum(-1)  # survivors up to here; the next one is number `before`

@@ -35,7 +35,8 @@ class MassFold(SurvivorMerger):
     carry over from one compression to the next. Sinks take nothing in, as published. Losers whose
     most similar survivor is sealed are dropped.
 
-    Raises ValueError if `weight="score"` meets a score below 0: use a scorer that scores by attention.
+    Raises ValueError, when a cache is made, if `weight="score"` meets a scorer whose scores are no
+    attention.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
@@ -51,6 +52,10 @@ class MassFold(SurvivorMerger):
     @property
     def conserves(self) -> bool:
         return self.weight == "count"
+
+    @property
+    def reads_attention(self) -> bool:
+        return self.weight == "score"
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -71,7 +76,4 @@ class MassFold(SurvivorMerger):
         if self.weight == "count":
             return torch.ones_like(group.scores)
         scores = group.scores.masked_fill(~(group.lost | group.kept), 0.0)
-        if bool((scores < 0).any()):
-            raise ValueError(f"{self}: a score is below 0, so that no ratio of scores makes sense; "
-                             "use weight='count', or a scorer that scores by attention")  # fmt: skip
         return (scores / scores.gather(2, index).clamp_min(1e-20)).clamp_max(1.0)
