@@ -3,6 +3,10 @@
 MP-KVM (Xq199911/npm) as its code has it: `mp_kvm_published` is the clustering of its main results,
 `mp_kvm_aggregator` the settings of its GPU aggregator, in which centroids wait to be merged, and
 `mp_kvm_ema` the update of a later commit.
+
+Deviation: that aggregator flushes to a manager on the CPU once there are more than 256 of its 512
+centroids, or at every 100th addition. Here so many centroids may wait beyond `max_centroids`, on the
+device, and the interval counts tokens.
 """
 
 from __future__ import annotations
