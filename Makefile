@@ -52,6 +52,7 @@ docs: $(READY)
 	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_demo.py
 	$(BIN)/python docs/make_formats.py
+	$(BIN)/python docs/make_merging.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -170,11 +170,9 @@ def draw_sweep() -> None:
         )
         axes[1].plot(held, [r.quality.decode_perplexity for r in mine], **style)
     if full is not None and full.quality.decode_perplexity is not None:
-        dense = 100 * full.quality.needles_right / full.quality.needles
-        axes[0].axhline(dense, color="0.5", ls=":", lw=1)
-        axes[1].axhline(
-            full.quality.decode_perplexity, color="0.5", ls=":", lw=1, label="full cache"
-        )
+        found_all = 100 * full.quality.needles_right / full.quality.needles
+        axes[0].axhline(found_all, color="0.5", ls=":", lw=1, label="full cache")
+        axes[1].axhline(full.quality.decode_perplexity, color="0.5", ls=":", lw=1)
     for ax, label in zip(axes, ("needles found (%)", "perplexity, token by token"), strict=True):
         ax.set_xscale("log")
         ax.set_xlabel("bytes held (% of a dense cache)")
@@ -199,13 +197,17 @@ def filled(page: str, tables: dict[str, str]) -> str:
     return page
 
 
-def main() -> None:
-    tables = {
+def tables() -> dict[str, str]:
+    """The page's tables by name."""
+    return {
         "mergers": paired_table("mergers", lambda recipe: recipe.partition(" | ")[0]),
         "ablation": paired_table("ablation", lambda _: ABLATED),
         "sweep": sweep_table(),
     }
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")
     draw_sweep()
 
 
