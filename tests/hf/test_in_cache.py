@@ -6,6 +6,7 @@ queries and keys at their slot index, as the StreamingLLM paper describes.
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -104,8 +105,11 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, **kw
 
 
 def per_token_int4(x):
-    """`x [H, D]` on a grid of 16 values with an fp16 scale and minimum per head."""
-    low = x.amin(-1, keepdim=True).half().float()
+    """`x [H, D]` on a grid of 16 values per head, with an fp16 scale and minimum, rounded down."""
+    least = x.amin(-1, keepdim=True)
+    near = least.half()
+    below = torch.nextafter(near, torch.tensor(-math.inf).half())
+    low = torch.where(near.float() > least, below, near).float()
     step = ((x.amax(-1, keepdim=True) - low) / 15).half().float()
     return ((x - low) / step).round().clamp(0, 15) * step + low
 
