@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from kvloom.core.block import Block, take_slots
 from kvloom.core.merge import Losers, Memory
+from kvloom.policies.merge._counts import counts_of
 
 if TYPE_CHECKING:
     from kvloom.policies.merge.mp_kvm import MPKVM
@@ -100,14 +101,6 @@ def _content(rules: MPKVM, keys: Tensor, values: Tensor, positions: Tensor) -> T
     if not rules.per_head_clustering:
         parts = [x.transpose(1, 2).flatten(2)[:, None] for x in parts[:2]] + [parts[2][:, :1]]
     return torch.cat(parts, -1)
-
-
-def counts_of(mass: Tensor) -> Tensor:
-    """Tokens from log mass, exactly: whole numbers are restored, so that errors do not build up."""
-    count = torch.exp(mass)
-    rounding = 4 * torch.finfo(mass.dtype).eps * (2 + mass.abs()) * count
-    whole = count.round()
-    return torch.where((count - whole).abs() <= rounding, whole, count)
 
 
 class Clusters:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvloom.core.block import from_newest
 from kvloom.core.merge import Group
+from kvloom.policies.merge._counts import finest
 
 _BLOCK_ELEMENTS = 1 << 22  # attention weights held at once: 32 MiB in fp64
 
@@ -44,7 +45,7 @@ def _solve(
     seen = there[..., None] & (newer[:, None] >= rank[:, None])
     before = _attention(logits, seen & (lost | kept)[:, None])
     after = _attention(logits, seen & kept[:, None])
-    exact = values.double()
+    exact = values.to(finest(values.device))
     left = before @ exact - after @ exact
     free = after * open_[:, None]
     return (exact + _ridge(free, left, ridge)).float()
@@ -52,7 +53,12 @@ def _solve(
 
 def _attention(logits: Tensor, seen: Tensor) -> Tensor:
     """Softmax over what is seen, fp64; 0 throughout where nothing is, which is then no equation."""
-    return logits.double().masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return (
+        logits.to(finest(logits.device))
+        .masked_fill(~seen, float("-inf"))
+        .softmax(-1)
+        .nan_to_num(0.0)
+    )
 
 
 def _ridge(x: Tensor, y: Tensor, ridge: float) -> Tensor:
@@ -60,7 +66,7 @@ def _ridge(x: Tensor, y: Tensor, ridge: float) -> Tensor:
     dual = x.shape[1] < x.shape[2]
     gram = x @ x.mT if dual else x.mT @ x
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    factor = torch.linalg.cholesky(gram)
+    factor, _ = torch.linalg.cholesky_ex(gram)  # definite, and the device is not waited for
     if dual:
         return x.mT @ torch.cholesky_solve(y, factor)
     return torch.cholesky_solve(x.mT @ y, factor)

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from kvloom.core.merge import Group, Merged, SurvivorMerger
 from kvloom.core.policy import check
 from kvloom.policies._hash import draws
+from kvloom.policies.merge._counts import finest
 
 _PURPOSE = 0xCA3  # with `random` as the scorer, one seed must not draw the same numbers twice
 
@@ -68,7 +69,9 @@ class Cam(SurvivorMerger):
         return True
 
     def merge(self, group: Group) -> Merged:
-        scores = group.scores.masked_fill(~(group.lost | group.kept), 0.0).double()
+        scores = group.scores.masked_fill(~(group.lost | group.kept), 0.0)
+        fine = finest(scores.device)
+        scores = scores.to(fine)
         assert group.positions is not None
         chain = group.kept & group.scored
         before = chain.cumsum(-1)  # survivors up to here; the next one is number `before`
@@ -76,18 +79,18 @@ class Cam(SurvivorMerger):
         carriers = after - before
 
         order = torch.argsort(~chain, dim=-1, stable=True)  # the slot of survivor number r
-        among = torch.stack([scores * chain, (chain & group.open).double()])
+        among = torch.stack([scores * chain, (chain & group.open).to(fine)])
         sums = pad(among.gather(3, order.expand_as(among)).cumsum(-1), (1, 0))
         total, takers = (x.gather(2, after) - x.gather(2, before) for x in sums)
         mean = total / carriers.clamp_min(1)
-        chance = torch.where(mean > 0, scores / mean, (scores > 0).double())
+        chance = torch.where(mean > 0, scores / mean, (scores > 0).to(fine))
         draw = draws(group.positions, self.seed, _PURPOSE, group.layer)
         folded = group.lost & (takers > 0) & (draw < chance)
 
         some = folded.any(0).any(0).nonzero().flatten()  # decoding loses few of many
         first, stop, share = (x[..., some] for x in (before, after, folded / carriers.clamp_min(1)))
-        given = _between(first, stop, share[..., None] * group.values[:, :, some].double(), before)
-        took = _between(first, stop, folded[..., some, None].double(), before) > 0
+        given = _between(first, stop, share[..., None] * group.values[:, :, some].to(fine), before)
+        took = _between(first, stop, folded[..., some, None].to(fine), before) > 0
         values = torch.where(
             took & (chain & group.open)[..., None], group.values + given, group.values
         )

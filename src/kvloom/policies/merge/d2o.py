@@ -16,6 +16,7 @@ import torch
 
 from kvloom.core.merge import Group, Memory, Merged, SurvivorMerger
 from kvloom.core.policy import check
+from kvloom.policies.merge._counts import finest
 from kvloom.policies.merge._nearest import mean_into, nearest_open
 
 
@@ -59,7 +60,7 @@ class D2O(SurvivorMerger):
         found = torch.isfinite(cosine)
         number = found.sum(-1)
         # equal similarities must reach a mean that is rounded
-        mean = cosine.double().masked_fill(~found, 0.0).sum(-1) / number
+        mean = cosine.to(finest(cosine.device)).masked_fill(~found, 0.0).sum(-1) / number
         old = group.memory["threshold"]
         moved = torch.where(torch.isinf(old), mean, self.beta * mean + (1 - self.beta) * old)
         threshold = torch.where(number > 0, moved.float(), old)

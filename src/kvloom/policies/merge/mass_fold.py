@@ -17,6 +17,7 @@ import torch
 
 from kvloom.core.merge import Group, Merged, SurvivorMerger
 from kvloom.core.policy import check
+from kvloom.policies.merge._counts import counts_of
 from kvloom.policies.merge._nearest import add_to, mean_into, nearest_open
 
 
@@ -65,7 +66,8 @@ class MassFold(SurvivorMerger):
         targets = group.kept if self.weight == "count" else group.kept & group.scored
         cosine, index = nearest_open(group.keys, group.lost, targets, targets & group.open)
         folded = group.lost & (cosine >= self.min_similarity) & torch.isfinite(cosine)
-        mass = torch.exp(group.state["mass"])
+        mass = group.state["mass"]
+        mass = counts_of(mass) if self.weight == "count" else torch.exp(mass)
         added = (mass * self._weights(group, index)).masked_fill(~folded, 0.0)
 
         total = add_to(index, added, mass)

@@ -15,6 +15,7 @@ import torch
 
 from kvloom.core.block import Block
 from kvloom.core.merge import CentroidMerger, Losers
+from kvloom.policies.merge._counts import counts_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class MeanCentroid(CentroidMerger):
     def fold(self, losers: Losers, centroids: Block) -> Block:
         weight = torch.exp(losers.mass).masked_fill(~losers.valid, 0.0)
         added = weight.sum(-1, keepdim=True)
-        old = torch.exp(centroids.meta["mass"])  # 0 while the centroid is empty
+        old = counts_of(centroids.meta["mass"])  # 0 while the centroid is empty
         total = old + added
         share = (weight / total.clamp_min(1e-30))[..., None]
         keep = (old / total.clamp_min(1e-30))[..., None]

@@ -22,7 +22,7 @@ class MPKVM(CentroidMerger):
     """Cluster what is evicted; alone in a recipe, it evicts all but sinks and a recent window.
 
     Deviations, by default: each head clusters its own keys; centroids stand at their members' mean
-    position, so that a token alone in its centroid is exactly what it was; they are 64, to leave room
+    position, so that a token alone in its centroid is what it was, up to rounding; they are 64, to leave room
     in small budgets. The code shares clusters over heads, rotates nothing, keeps 1,024 and no sinks:
     `mp_kvm_published`. Its first batch becomes one average; here tokens open centroids from the start.
     Euclidean similarity is 1 - d in every rule; its code ignores two of them there. `max_memory_size`
