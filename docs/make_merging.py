@@ -71,7 +71,8 @@ def paired_table(part: str, name_of: Callable[[str], str]) -> str:
 def _cells(row: dict[str, Any], base: dict[str, Any]) -> list[str]:
     budget = "" if "window_size" in row["recipe"] else f" @ {row['budget']}"
     right = f"{sum(row['right'])}/{len(row['right'])}"
-    first = [f"`{row['recipe']}{budget}`", f"{_held(row) / 1024:.0f}"]
+    recipe = row["recipe"].replace("|", "\\|")
+    first = [f"`{recipe}{budget}`", f"{_held(row) / 1024:.0f}"]
     if base is row:
         return [*first, "base", f"{fmean(row['kl']):.4f}", "", "", right, ""]
     ratio = _held(row) / _held(base)
