@@ -31,12 +31,11 @@ def compress_if_due(store: LayerStore, pending: Block, forward: Forward, capacit
     if not bool(due.any()):
         return pending
     cells = due[:, None] if store.plan.pools else target != length
-    if store.plan.drops_oldest:
-        pending = _drop_oldest(store, pending, forward, length - target)
-        store.since = store.since.masked_fill(cells, 0)
-        return pending
     try:
-        pending = _compress(store, pending, forward, capacity, target, pinned, due)
+        if store.plan.drops_oldest:
+            pending = _drop_oldest(store, pending, forward, length - target)
+        else:
+            pending = _compress(store, pending, forward, capacity, target, pinned, due)
     except Exception:
         store.tail = pending.owned(pending.longest)
         raise
@@ -99,11 +98,7 @@ def _drop_oldest(store: LayerStore, pending: Block, forward: Forward, n: Tensor)
     """Move the start of each head by `n [B, H]` (host); the device is not waited for."""
     folded: int | None = 0
     if store.plan.merger is not None:
-        try:
-            folded = fold_oldest(store, entries_of(store, pending, forward.call), pending, n)
-        except Exception:
-            store.tail = pending.owned(pending.longest)
-            raise
+        folded = fold_oldest(store, entries_of(store, pending, forward.call), pending, n)
     sealed = torch.minimum(n, store.pool.live)
     store.pool.drop_oldest(sealed)
     exact = n - sealed

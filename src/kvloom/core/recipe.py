@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from kvloom.core import registry
@@ -27,7 +28,8 @@ class Recipe:
 
     Attributes:
         scorer: who goes (None: nobody). allocator: how a budget is split (None: uniformly).
-        merger: what happens to losers (None: dropped); one that brings a scorer along may stand alone. format: how survivors are stored (None:
+        merger: what happens to losers (None: dropped); one that brings a scorer along may stand
+            alone. format: how survivors are stored (None:
             dense, in the model's dtype). schedule: when to compress (strictly every token).
     """
 
@@ -54,7 +56,7 @@ class Recipe:
                 f"recipe '{self}': {self.schedule} schedules eviction without a scorer"
             )
 
-    @property
+    @cached_property
     def _own_scorer(self) -> Scorer | None:
         text = None if self.merger is None else self.merger.own_scorer
         return None if text is None else Recipe.parse(text).scorer
