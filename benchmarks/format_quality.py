@@ -5,31 +5,48 @@
 Measures two models: the testbed model, and a copy of it whose keys have loud channels. In the copy,
 a few rotary pairs of every key head are scaled up and those of its queries down by the same factor:
 rotation commutes with that, so the function is unchanged, while a scale per token has to span the
-loud pairs. Rows go to docs/results/formats*/results.jsonl (finished ones are used again), from which
-`docs/make_formats.py` makes the table and the figure.
+loud pairs.
+
+Each recipe reads the same documents, held-out modules side by side in one batch: a prefill at once, then
+one token of each at a time, all of it through the compressed cache; a full cache has read the same
+tokens. Then it answers retrieval tasks, one by one. A line of docs/results/formats*/results.jsonl holds
+one recipe with its figures per document and task, so that differences are paired; from these
+`docs/make_formats.py` makes tables and figure.
+
+A line is on the disk as soon as it is measured, and the same command goes on after the last one; the two
+models take turns, family by family, the copy first. Its weights go to results/, which git ignores.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
-import tempfile
+import time
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvloom import testbed
 from kvloom.cli._console import console
 from kvloom.cli.calibrate import Options as Calibration
 from kvloom.cli.calibrate import run as calibrate
-from kvloom.cli.compare import Options, run
-from kvloom.evaluation.results import Protocol
+from kvloom.core.recipe import Recipe
+from kvloom.evaluation import compare, disjoint, identity, needles, texts
+from kvloom.evaluation.measure import Scores
+from kvloom.evaluation.subjects import Cell
 from kvloom.hf import load
-from kvloom.testbed import texts
+from kvloom.hf.cache import CompressedCache
+from kvloom.testbed.texts import stdlib_root
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+TEXT = "stdlib"  # modules that the testbed model was not trained on
 UNIFORM = [
-    "fp8", "int8", "k8v4", "int4", "int4(symmetric=True)", "int4_channel", "rotated_int4",
+    "none", "fp8", "int8", "k8v4", "int4", "int4(symmetric=True)", "int4_channel", "rotated_int4",
     "int4(hadamard='both')", "int3", "int3(hadamard='both')", "int2", "int2(hadamard='both')",
 ]  # fmt: skip
 PUBLISHED = [
@@ -42,10 +59,12 @@ STREAMING = [
     "streaming_kvquant_ablation_ema95", "streaming_kvquant(rope='pair')",
     "streaming_kvquant(rope='post')", "streaming_kvquant(clip=False)",
     "streaming_kvquant(key_bits=8, value_bits=8, clip=False)",
-    "int4(keys='channel', values='channel', symmetric=True)", "kvquant", "kvquant(bits=2)",
+    "int4(keys='channel', values='channel', symmetric=True)",
 ]  # fmt: skip
+UNCALIBRATED = ["kvquant", "kvquant(bits=2)"]
 LOUD = 16.0  # how much louder the scaled pairs are
 PAIRS = (3, 11)  # which of each head's rotary pairs
+COPY = Path("results") / "testbed-loud-keys"
 
 
 def loud_copy(folder: Path) -> str:
@@ -66,8 +85,11 @@ def loud_copy(folder: Path) -> str:
 
 
 def calibrations(model: str, folder: Path) -> list[str]:
-    """Recipes of KVQuant, calibrated for this model on a module that it was trained on."""
-    text, recipes = str(texts.stdlib_root() / "argparse.py"), []
+    """Recipes of KVQuant, calibrated for this model on a module that it was trained on.
+
+    Files in `folder` are used again: remove them when calibration changes.
+    """
+    text, recipes = str(stdlib_root() / "argparse.py"), []
     for bits in (4, 3, 2):
         for outliers in (0.01, 0.0):
             out = folder / f"kvquant-{bits}-{outliers:.0%}.safetensors"
@@ -81,29 +103,124 @@ def calibrations(model: str, folder: Path) -> list[str]:
     return recipes
 
 
+class Bench:
+    """A model, and the documents `[B, N]` and tasks that all recipes share."""
+
+    def __init__(self, name: str, given: argparse.Namespace):
+        self.model, self.tokenizer = compare.load_model(name, "float32", "cpu")
+        self.setting = {k: getattr(given, k) for k in ("documents", "tokens", "prefill", "needles", "needle_tokens")}  # fmt: skip
+        self.prefill = given.prefill
+        self.documents = self._modules(given.documents, given.tokens)
+        raw = texts.load(TEXT, self.tokenizer, given.needle_tokens).raw
+        self.tasks = needles.prepare(raw, self.tokenizer, given.needles, given.needle_tokens, 0)
+        self.dense = self._read(CompressedCache(self.model, Recipe(), None), 0)
+        self.facts = {
+            "setting": self.setting,
+            "model": dataclasses.asdict(identity.model_facts(self.model, name)),
+            "text": {"name": TEXT, "sha256": identity.tokens_sha256(self.documents),
+                     "needle_sha256": needles.fingerprint(self.tasks)},
+            "environment": dataclasses.asdict(identity.environment(self.model.device)),
+        }  # fmt: skip
+
+    def _modules(self, count: int, tokens: int) -> Tensor:
+        """The first tokens of the first modules that are long enough, int64 `[count, tokens]`."""
+        found: list[list[int]] = []
+        for text in texts.documents(TEXT):
+            ids = self.tokenizer(text[: 32 * tokens], verbose=False)["input_ids"]
+            found += [ids[:tokens]] if len(ids) >= tokens else []
+            if len(found) == count:
+                return torch.tensor(found)
+        raise ValueError(f"text {TEXT!r} has {len(found)} modules of {tokens} tokens, not {count}")
+
+    def _read(self, cache: CompressedCache, step: int) -> Tensor:
+        """Logits `[B, N-1-P, V]` of all tokens after the prefill but the last, `step` per forward, 0:
+        all at once.
+        """
+        ids, P = self.documents, self.prefill
+        self.model(input_ids=ids[:, :P], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        parts = ids[:, P:-1].split(step or ids.shape[1], dim=1)
+        made = [self.model(input_ids=x, past_key_values=cache, use_cache=True) for x in parts]
+        return torch.cat([out.logits for out in made], dim=1)
+
+    def key(self, recipe: str) -> str:
+        """Hash of everything that determines a line."""
+        environment = {k: v for k, v in self.facts["environment"].items() if k not in ("kvloom", "git")}  # fmt: skip
+        full = Cell(Recipe.parse(recipe)).facts.full
+        model = self.facts["model"]["sha256"]
+        return identity.cell_key(
+            recipe=full, setting=self.setting, model=model, text=self.facts["text"], environment=environment
+        )  # fmt: skip
+
+    def measure(self, recipe: str) -> dict[str, Any]:
+        """Figures of one recipe; lists are per document or task."""
+        subject = Recipe.parse(recipe)
+        disjoint.check(subject, TEXT, [*self.documents, *(task.context for task in self.tasks)])
+        cache = CompressedCache(self.model, subject, None)
+        logits = self._read(cache, 1)
+        row: dict[str, Any] = {"nll": [], "dense_nll": [], "kl": [], "top1": []}
+        for dense, own, ids in zip(self.dense, logits, self.documents, strict=True):
+            scores = Scores()
+            scores.add(dense, own, ids[self.prefill + 1 :])
+            for name, values in zip(row, vars(scores).values(), strict=True):
+                row[name].append(sum(values) / len(values))
+        stats = cache.stats()
+        row["decoded"] = logits.shape[1]
+        row["right"] = [
+            int(needles.answered(self.model, self.tokenizer, subject, None, task))
+            for task in self.tasks
+        ]
+        names = ("nbytes", "dense_nbytes", "avg_key_bits", "avg_value_bits", "sealed", "evicted", "by_part")  # fmt: skip
+        return row | {name: getattr(stats, name) for name in names}
+
+
+def held(path: Path) -> set[str]:
+    """Keys of the lines of a file; a line that a killed process left incomplete is cut off."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return {json.loads(line)["key"] for line in whole.splitlines()}
+
+
+def measure_all(bench: Bench, recipes: list[str], folder: Path) -> None:
+    """Append a line for each recipe that has none."""
+    path = folder / "results.jsonl"
+    known = held(path)
+    for recipe in recipes:
+        key, start = bench.key(recipe), time.perf_counter()
+        if key in known:
+            continue
+        row = bench.measure(recipe)
+        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        line = {"key": key, "recipe": str(Recipe.parse(recipe)), "measured_at": when,
+                "took": round(time.perf_counter() - start, 1), **bench.facts, **row}  # fmt: skip
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        kl = sum(row["kl"]) / len(row["kl"])
+        print(f"{folder.name} {recipe}: KL {kl:.5f}, needles {sum(row['right'])}, {line['took']} s",
+              flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=3072)
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1217, help="of each, the last is predicted only")  # fmt: skip
     parser.add_argument("--prefill", type=int, default=1024)
-    parser.add_argument("--needles", type=int, default=12, help="of 768 tokens")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--needles", type=int, default=12)
+    parser.add_argument("--needle-tokens", type=int, default=768)
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    protocol = Protocol(given.tokens, given.prefill, needles=given.needles, needle_tokens=768)
-    with tempfile.TemporaryDirectory() as folder:
-        for model, name in (("testbed", "formats"), (loud_copy(Path(folder)), "formats-loud-keys")):
-            out = RESULTS / name
-            out.mkdir(parents=True, exist_ok=True)
-            recipes = UNIFORM + PUBLISHED + STREAMING + calibrations(model, out)
-            run(
-                Options(
-                    recipes=recipes,
-                    protocol=protocol,
-                    out=out,
-                    model=model,
-                    dtype="float32",
-                    threads=given.threads,
-                )
-            )
+    torch.set_num_threads(given.threads)
+    models = {"formats-loud-keys": loud_copy(COPY), "formats": compare.TESTBED}
+    with torch.inference_mode():
+        benches = {RESULTS / name: Bench(model, given) for name, model in models.items()}
+    for family in (UNIFORM, PUBLISHED, STREAMING, None):
+        for folder, bench in benches.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            name = bench.facts["model"]["name"]
+            recipes = family or UNCALIBRATED + calibrations(name, folder)
+            with torch.inference_mode():
+                measure_all(bench, recipes, folder)
 
 
 if __name__ == "__main__":
