@@ -9,10 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from kvloom import CompressedCache
 from kvloom.evaluation import analysis, analysis_figures, analysis_rows, manifold, projection
 from kvloom.evaluation.texts import Document
 from kvloom.evaluation.topics import Labelled, alternate
 from kvloom.hf.gradients import record
+from kvloom.policies.merge.mp_kvm import MPKVM
 from tests.evaluation.tiny import ByteTokenizer
 from tests.models import build, tokens
 
@@ -84,6 +86,53 @@ def test_without_a_layer_it_is_the_middle_one():
 def test_a_text_that_fits_is_too_short():
     with pytest.raises(ValueError, match=r"20 tokens is too short for recipe .* @ 24tok'"):
         analysis.run(case(n=20))
+
+
+SHARED = "mp_kvm(window_size=20, max_centroids=5, per_head_clustering=False)"
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_shared_clusters_are_told_apart_by_the_keys_of_all_heads(mean):
+    recipe = SHARED.replace(")", f", head_mean={mean})")
+    made = case(recipe=recipe, budget=None)
+    row, tensors = manifold.analyze(made, ["pca"])
+    setting = row.setting
+    assert setting.compared == ("mean" if mean else "all heads")
+    assert sum(setting.masses) == pytest.approx(setting.left, rel=1e-4)
+
+    cache = CompressedCache(made.model, recipe)
+    with torch.inference_mode():
+        for chunk in tokens(N)[0].split(8):
+            made.model(chunk[None], past_key_values=cache)
+    held = cache.compressed[0].store.centroids.keys[0]
+    points = record(build("llama"), tokens(N)[0])[0].keys
+    both = [x.float().mean(0) if mean else torch.cat([x[0], x[1]], -1) for x in (points, held)]
+    near, _ = analysis.nearest(*both, "cosine")
+    alone, _ = analysis.nearest(points[1], held[1], "cosine")
+    assert torch.equal(tensors["nearest"], near)
+    assert not torch.equal(near, alone), "the head's own keys would have given the same"
+
+
+def test_what_a_merger_drops_is_in_no_centroid():
+    observed = analysis.run(case(recipe="mp_kvm(window_size=20, sample_stride=4)", budget=None))
+    setting = observed.setting
+    sampled = torch.arange(N) % 4 == 0
+    assert torch.equal(observed.folded, observed.left & sampled)
+    assert setting.dropped == int((observed.left & ~sampled).sum()) > 0
+    assert sum(setting.masses) == pytest.approx(setting.left - setting.dropped, rel=1e-4)
+    row, tensors = manifold.analyze(
+        case(recipe="mp_kvm(window_size=20, sample_stride=4)", budget=None, topics=2), ["pca"]
+    )
+    folded = tensors["folded"]
+    assert torch.equal(folded, observed.folded)
+    assert row.purity == manifold.purity(tensors["nearest"][folded], tensors["topic"][folded])[0]
+
+
+def test_a_merger_that_does_not_say_what_it_drops_is_refused(monkeypatch):
+    monkeypatch.setattr(MPKVM, "takes", lambda self, losers: None)
+    made = case(recipe="mp_kvm(window_size=20, sample_stride=4)", budget=None)
+    with pytest.raises(ValueError, match=r"cannot be analysed.*stand for 9\.0 tokens.* 36 were"):
+        analysis.run(made)
 
 
 # -- planes --------------------------------------------------------------------------------------

@@ -131,6 +131,22 @@ def test_the_full_energy_is_the_models_own_attention():
     assert row.energy.with_mass > row.energy.without_mass > 0
 
 
+def test_only_what_was_taken_in_counts_as_the_centroids_tokens():
+    """The same, where only every fourth token was folded and the others are gone."""
+    recipe = "mp_kvm(window_size=20, max_centroids=8, sample_stride=4)"
+    row, tensors = spectrum.analyze(case(recipe=recipe, budget=None, chunk=1))
+    with torch.inference_mode():
+        weights = build("llama", attention="eager")(tokens(N), output_attentions=True).attentions[0]
+    want = []
+    for at in range(N // 2, N):
+        gone = [p for p in range(4, at - 20) if p % 4 == 0]  # 4 sinks, a window of 20, the new one
+        want.append(weights[0, 2:4, at, gone].sum(-1))
+    assert (tensors["energy_full"] - torch.stack(want, -1)).abs().max() <= 100 * FP32
+    assert row.setting.dropped == 27
+    each, together = tensors["weight_full"].sum(), tensors["energy_full"].mean(0).sum()
+    assert float(each) == pytest.approx(float(together), rel=1e-4)
+
+
 def test_formats_and_other_heads_are_read_as_the_layer_holds_them():
     made = case(recipe=f"{RECIPE} | int8", budget="100tok", n=300, chunk=32, head=0)
     row, tensors = spectrum.analyze(made)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -21,53 +23,70 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Look into one head of a cache with centroids.")
 
-PASSAGE = 128
-RECIPE = "mp_kvm(window_size=64)"
 
-Model = Annotated[str, typer.Option(help="A folder, a hub name, or 'testbed', the bundled model.")]
-Layer = Annotated[
-    int | None, typer.Option(help="From 0; default: the middle one of those compressed.")
-]
-Head = Annotated[int, typer.Option(help="The KV head, from 0.")]
-Recipe = Annotated[
-    str,
-    typer.Option(help="One with a merger that keeps centroids."),
-]
-Budget = Annotated[str | None, typer.Option(help="Its budget: '25%', '1024tok' or '512MiB'.")]
-Length = Annotated[int, typer.Option(min=16, help="Tokens of text.")]
-Chunk = Annotated[int, typer.Option(min=1, help="Tokens per forward; 1: one by one.")]
-Force = Annotated[bool, typer.Option("--force", help="Write into --out although it is not empty.")]
-DrawOnly = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Draw the figures of finished results again; nothing is run."),
-]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps; auto: an accelerator if there is one.")]
-
-
-@dataclass
+@dataclass(frozen=True)
 class Options:
-    """What is asked for; see `kvloom analyze manifold --help`."""
+    """What both commands are asked for: every field is an option of each."""
 
-    model: str
-    texts: list[str]
-    topics: bool
-    passage: int
-    layer: int | None
-    head: int
-    recipe: str
-    budget: str | None
-    length: int
-    chunk: int
-    out: Path
-    dtype: str
-    device: str
-    force: bool
+    model: Annotated[
+        str, typer.Option(help="A folder, a hub name, or 'testbed', the bundled model.")
+    ] = "testbed"
+    layer: Annotated[
+        int | None, typer.Option(help="From 0; default: the middle one of those compressed.")
+    ] = None
+    head: Annotated[int, typer.Option(help="The KV head, from 0.")] = 0
+    recipe: Annotated[str, typer.Option(help="One with a merger that keeps centroids.")] = (
+        "mp_kvm(window_size=64)"
+    )
+    budget: Annotated[
+        str | None, typer.Option(help="Its budget: '25%', '1024tok' or '512MiB'.")
+    ] = None
+    length: Annotated[int, typer.Option(min=16, help="Tokens of text.")] = 1024
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward; 1: one by one.")] = 64
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32"
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, mps; auto: an accelerator if there is one.")
+    ] = "auto"
+    force: Annotated[
+        bool, typer.Option("--force", help="Write into --out although it is not empty.")
+    ] = False
+    draw_only: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Draw the figures of finished results again; nothing is run."
+        ),
+    ] = None
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command(options, ...)` as typer is to see it: with the fields of `Options` among its options.
+
+    Wrong input ends it in one line.
+    """
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    hints = get_type_hints(Options, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]
+        )
+        for f in dataclasses.fields(Options)
+    ]
+
+    def called(**given: Any) -> None:
+        options = Options(**{p.name: given.pop(p.name) for p in shared})
+        with one_line_errors():
+            command(options, **given)
+
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    called.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    return called
 
 
 @app.command()
+@with_options
 def manifold(
-    model: Model = "testbed",
+    options: Options,
     text: Annotated[
         list[str] | None,
         typer.Option(help="As for compare; with --topics repeatable. Default: 'stdlib'."),
@@ -80,101 +99,58 @@ def manifold(
             "'reference' and 'lists', which are bundled.",
         ),
     ] = False,
-    passage: Annotated[int, typer.Option(min=2, help="Tokens of each, with --topics.")] = PASSAGE,
-    layer: Layer = None,
-    head: Head = 0,
-    recipe: Recipe = RECIPE,
-    budget: Budget = None,
-    length: Length = 1024,
-    chunk: Chunk = 64,
+    passage: Annotated[int, typer.Option(min=2, help="Tokens of each, with --topics.")] = 128,
     out: Annotated[Path, typer.Option(help="Folder for row, data and figures.")] = Path(
         "results/manifold"
     ),
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    force: Force = False,
-    draw_only: DrawOnly = None,
 ) -> None:
     """Keys of one head before and after partition, by PCA and t-SNE (UMAP if installed)."""
-    with one_line_errors():
-        if draw_only is not None:
-            draw_manifold(draw_only, console())
-            return
-        texts = text or ([] if topics else ["stdlib"])
-        run_manifold(
-            Options(
-                model, texts, topics, passage, layer, head, recipe, budget, length, chunk, out,
-                dtype, device, force,
-            ),
-            console(),
-        )  # fmt: skip
+    from kvloom.evaluation import analysis_rows, manifold, projection
+
+    if options.draw_only is not None:
+        draw_manifold(options.draw_only, console())
+        return
+    analysis_rows.check_folder(out, options.force)
+    kinds = projection.available()
+    names = text or ([] if topics else ["stdlib"])
+    row, tensors = manifold.analyze(_case(options, names, passage if topics else None), kinds)
+    analysis_rows.save(row, tensors, out, manifold.NAME)
+    draw_manifold(out, console())
 
 
 @app.command()
+@with_options
 def attention(
-    model: Model = "testbed",
+    options: Options,
     text: Annotated[str, typer.Option(help="As for compare.")] = "stdlib",
-    layer: Layer = None,
-    head: Head = 0,
-    recipe: Recipe = RECIPE,
-    budget: Budget = None,
-    length: Length = 1024,
-    chunk: Chunk = 64,
     out: Annotated[Path, typer.Option(help="Folder for row, data and figure.")] = Path(
         "results/attention"
     ),
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    force: Force = False,
-    draw_only: DrawOnly = None,
 ) -> None:
     """Attention that centroids get with and without their mass, against a full cache."""
-    with one_line_errors():
-        if draw_only is not None:
-            draw_attention(draw_only, console())
-            return
-        run_attention(
-            Options(
-                model, [text], False, PASSAGE, layer, head, recipe, budget, length, chunk, out,
-                dtype, device, force,
-            ),
-            console(),
-        )  # fmt: skip
-
-
-def run_manifold(options: Options, out: Console) -> None:
-    """Analyse, write, draw, tell. Raises ValueError or OSError on wrong input, before any work."""
-    from kvloom.evaluation import analysis_rows, manifold, projection
-
-    analysis_rows.check_folder(options.out, options.force)
-    kinds = projection.available()
-    row, tensors = manifold.analyze(_case(options), kinds)
-    analysis_rows.save(row, tensors, options.out, manifold.NAME)
-    draw_manifold(options.out, out)
-
-
-def run_attention(options: Options, out: Console) -> None:
-    """Analyse, write, draw, tell. Raises ValueError or OSError on wrong input, before any work."""
     from kvloom.evaluation import analysis_rows, spectrum
 
-    analysis_rows.check_folder(options.out, options.force)
-    row, tensors = spectrum.analyze(_case(options))
-    analysis_rows.save(row, tensors, options.out, spectrum.NAME)
-    draw_attention(options.out, out)
+    if options.draw_only is not None:
+        draw_attention(options.draw_only, console())
+        return
+    analysis_rows.check_folder(out, options.force)
+    row, tensors = spectrum.analyze(_case(options, [text], None))
+    analysis_rows.save(row, tensors, out, spectrum.NAME)
+    draw_attention(out, console())
 
 
-def _case(options: Options) -> Case:
-    """What is asked for, loaded and checked."""
+def _case(options: Options, texts: list[str], passage: int | None) -> Case:
+    """What is asked for, loaded and checked; `passage`: tokens of each text in turn, if they are topics."""
     from kvloom.evaluation import analysis, compare, topics
 
-    if len(options.texts) > 1 and not options.topics:
-        raise ValueError(f"texts {', '.join(options.texts)}: several need --topics")
+    if len(texts) > 1 and passage is None:
+        raise ValueError(f"texts {', '.join(texts)}: several need --topics")
     model, tokenizer = compare.load_model(options.model, options.dtype, options.device)
-    if options.topics:
-        names = options.texts or list(topics.SOURCES)
-        text = topics.alternate(names, tokenizer, options.length, options.passage)
+    if passage is None:
+        text = topics.plain(texts[0], tokenizer, options.length)
     else:
-        text = topics.plain(options.texts[0], tokenizer, options.length)
+        names = texts or list(topics.SOURCES)
+        text = topics.alternate(names, tokenizer, options.length, passage)
     return analysis.prepare(
         model,
         options.model,
@@ -219,8 +195,9 @@ def _tell(
 def _manifold_words(row: Manifold) -> str:
     setting = row.setting
     words = [
-        f"layer {setting.layer}, KV head {setting.head}: {setting.left} of {setting.text.tokens} tokens in "
-        f"{len(setting.masses)} centroids, {setting.exact} exact; mean cosine to the nearest centroid "
+        f"layer {setting.layer}, KV head {setting.head}: {setting.left - setting.dropped} of "
+        f"{setting.text.tokens} tokens in {len(setting.masses)} centroids, {setting.exact} exact"
+        f"{f', {setting.dropped} dropped' if setting.dropped else ''}; mean cosine to the nearest centroid "
         f"{row.similarity:.3f}"
     ]
     if row.purity is not None:

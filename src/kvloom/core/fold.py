@@ -54,7 +54,8 @@ def _ingest(store: LayerStore, merger: CentroidMerger, losers: Losers) -> int | 
     store.centroids, store.merger_memory = merger.ingest(
         losers, store.centroids, store.merger_memory
     )
-    return merger.taken(losers)
+    taken = merger.takes(losers)
+    return None if taken is None else int(taken.sum())
 
 
 def losers_of(

@@ -135,8 +135,8 @@ class CentroidMerger(Merger):
         """`fold` for mergers that remember something between folds."""
         return self.fold(losers, centroids), memory
 
-    def taken(self, losers: Losers) -> int | None:
-        """How many of the losers are folded, the others dropped; None: all."""
+    def takes(self, losers: Losers) -> Tensor | None:
+        """Which of the losers are folded, bool `[B, H, N]`, the others dropped; None: all."""
         return None
 
     def bias(self, centroids: Block) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from kvloom.core import registry
 from kvloom.core.budget import Budget
 from kvloom.core.forward import Forward
-from kvloom.core.merge import CentroidMerger
+from kvloom.core.merge import CentroidMerger, Losers
 from kvloom.core.recipe import Recipe
 from kvloom.core.store import LayerStore
 from kvloom.core.view import kept_positions
@@ -35,8 +35,11 @@ class Setting:
         measured_at: UTC. took: seconds. layer: the model's index; head: KV head.
         chunk: tokens per forward. space: of the keys that are clustered, `"pre-RoPE"` or `"post-RoPE"`.
         metric: by which a token's nearest centroid is found, the merger's own where it names one.
+        compared: whose keys decide that: `"own head"`, or, where the heads share their clusters, `"all
+            heads"`, side by side, or their `"mean"`.
         exact: entries of the head that are not centroids at the end, sinks included; left: tokens that
-            are no longer exact. masses: how many tokens each centroid stands for.
+            are no longer exact; dropped: those of them that the merger did not take in. masses: how
+            many tokens each centroid stands for.
     """
 
     measured_at: str
@@ -50,8 +53,10 @@ class Setting:
     chunk: int
     space: str
     metric: str
+    compared: str
     exact: int
     left: int
+    dropped: int
     masses: list[float]
 
 
@@ -84,7 +89,7 @@ class State:
     """Centroids of one head, those in use, and which tokens are still exact.
 
     Attributes:
-        keys: `[n, D]`, as the merger holds them. slots: `[n]`, their slots in the store.
+        keys: `[n, W]`, what the merger compares of them, see `compared`. slots: `[n]`, in the store.
         mass: tokens `[n]`. positions: mean ones `[n]`. exact: token indices, int64 `[m]`.
     """
 
@@ -100,11 +105,13 @@ class Observed:
     """A text that has run through.
 
     Attributes:
-        points: every token's key as the merger clusters it, fp32 `[T, D]`. state: at the end.
+        points: every token's key as the merger compares it, fp32 `[T, W]`. state: at the end.
+        folded: which tokens the centroids stand for, bool `[T]`.
     """
 
     points: Tensor
     state: State
+    folded: Tensor
     setting: Setting
 
     @property
@@ -114,7 +121,7 @@ class Observed:
 
 
 class Recorder:
-    """Keeps one head's keys as they arrive, and lets `see` look at every forward.
+    """Keeps a layer's keys as they arrive, and lets `see` look at every forward.
 
     Attributes:
         store: the layer's; None before its first forward.
@@ -128,24 +135,46 @@ class Recorder:
 
     def __call__(self, store: LayerStore, forward: Forward) -> None:
         self.store = store
-        self._keys.append(forward.block.keys[0, self.head].clone())
+        self._keys.append(forward.block.keys[0].clone())
         self._positions.append(forward.positions[0].clone())
         if self.see is not None:
             self.see(self, store, forward)
 
     def keys(self) -> Tensor:
-        """As attention uses them, `[T, D]`."""
-        self._keys = [torch.cat(self._keys)]
-        return self._keys[0]
+        """Of the head, as attention uses them, `[T, D]`."""
+        self._keys = [torch.cat(self._keys, 1)]
+        return self._keys[0][self.head]
 
     def points(self) -> Tensor:
-        """As the merger clusters them, fp32 `[T, D]`: before rotation unless it wants them rotated."""
+        """As the merger compares them, fp32 `[T, W]`: before rotation unless it wants them rotated."""
         assert self.store is not None
         merger, rope = self.store.plan.merger, self.store.plan.rope
-        if isinstance(merger, CentroidMerger) and merger.rotated:
-            return self.keys().float()
+        assert isinstance(merger, CentroidMerger)
+        self._keys = [torch.cat(self._keys, 1)]
+        keys = compared_keys(merger, self._keys[0], self.head)
+        if merger.rotated:
+            return joined(merger, keys.float())
         assert rope is not None
-        return rope.unrotate(self.keys(), torch.cat(self._positions))
+        return joined(merger, rope.unrotate(keys, torch.cat(self._positions)))
+
+
+def compared(merger: CentroidMerger) -> str:
+    """Whose keys decide which centroid is near; see `Setting`."""
+    if getattr(merger, "per_head_clustering", True):
+        return "own head"
+    return "mean" if merger.head_mean else "all heads"  # type: ignore[attr-defined]
+
+
+def compared_keys(merger: CentroidMerger, keys: Tensor, head: int) -> Tensor:
+    """Of keys of all heads, `[H, n, D]`, those that the merger compares in `head`: `[1 or H, n, D]`."""
+    return keys[head : head + 1] if compared(merger) == "own head" else keys
+
+
+def joined(merger: CentroidMerger, keys: Tensor) -> Tensor:
+    """Those `[H, n, D]` as one vector each: side by side, or their mean; fp32 `[n, W]`."""
+    if compared(merger) == "mean":
+        return keys.float().mean(0)
+    return keys.float().transpose(0, 1).flatten(1)
 
 
 def prepare(
@@ -200,27 +229,34 @@ def run(
         assert recorder.store is not None
         state = state_of(recorder.store, case.head)
         points = recorder.points().cpu()
+    folded = folded_of(left_out(len(ids), state), case.merger)
     if not len(state.mass):
         at = f" @ {case.budget}" if case.budget else ""
         raise ValueError(
             f"a text of {len(ids)} tokens is too short for recipe '{case.recipe}{at}': no token was "
             "folded into a centroid; use a longer text, a smaller budget or a smaller window"
         )
-    return Observed(points, state, _setting(case, state, time.perf_counter() - begun))
+    stand_for, known = float(state.mass.sum()), int(folded.sum())
+    if abs(stand_for - known) > 0.5 + 1e-3 * known:
+        raise ValueError(
+            f"recipe '{case.recipe}' cannot be analysed: its centroids stand for {stand_for:.1f} tokens, "
+            f"but {case.merger} says that {known} were folded; takes() must name exactly those"
+        )
+    took = time.perf_counter() - begun
+    return Observed(points, state, folded, _setting(case, state, known, took))
 
 
 def state_of(store: LayerStore, head: int) -> State:
     """One head of a store now; on the CPU."""
-    held = store.centroids
-    assert held is not None
+    held, merger = store.centroids, store.plan.merger
+    assert held is not None and isinstance(merger, CentroidMerger)
     n = held.longest
     mass = held.meta["mass"][0, head, :n]
     slots = (held.valid(n)[0, head] & torch.isfinite(mass)).nonzero().flatten()
     exact = torch.tensor(kept_positions(store)[0][head], dtype=torch.int64)
-    keys, places = held.keys[0, head, slots], held.meta["positions"][0, head, slots]
-    return State(
-        keys.float().cpu(), slots.cpu(), mass[slots].exp().cpu(), places.float().cpu(), exact
-    )
+    keys = joined(merger, compared_keys(merger, held.keys[0][:, slots], head))
+    places = held.meta["positions"][0, head, slots]
+    return State(keys.cpu(), slots.cpu(), mass[slots].exp().cpu(), places.float().cpu(), exact)
 
 
 def left_out(tokens: int, state: State) -> Tensor:
@@ -228,6 +264,16 @@ def left_out(tokens: int, state: State) -> Tensor:
     left = torch.ones(tokens, dtype=torch.bool)
     left[state.exact[state.exact < tokens]] = False
     return left
+
+
+def folded_of(left: Tensor, merger: CentroidMerger) -> Tensor:
+    """Which tokens the centroids stand for, of those that are no longer exact, bool `[T]` both."""
+    cells = 1, 1, len(left)
+    none, positions = torch.zeros(cells), torch.arange(len(left), dtype=torch.int32)[None, None]
+    taken = merger.takes(
+        Losers(none[..., None], none[..., None], none, positions, left[None, None])
+    )
+    return left if taken is None else left & taken[0, 0]
 
 
 def nearest(points: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -238,7 +284,8 @@ def nearest(points: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Ten
     return index, cosine.gather(1, index[:, None])[:, 0]
 
 
-def _setting(case: Case, state: State, took: float) -> Setting:
+def _setting(case: Case, state: State, folded: int, took: float) -> Setting:
+    left = len(case.text.document.ids) - len(state.exact)
     return Setting(
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         took=round(took, 3),
@@ -251,7 +298,9 @@ def _setting(case: Case, state: State, took: float) -> Setting:
         chunk=case.chunk,
         space="post-RoPE" if case.merger.rotated else "pre-RoPE",
         metric=case.metric,
+        compared=compared(case.merger),
         exact=len(state.exact),
-        left=len(case.text.document.ids) - len(state.exact),
+        left=left,
+        dropped=left - folded,
         masses=[round(x, 4) for x in state.mass.tolist()],
     )

@@ -62,13 +62,13 @@ def _planes(row: Manifold, tensors: dict[str, Tensor]) -> Figure:
     panels = figure.subplots(2, columns, squeeze=False)
     shades, centroid_shades, colours = _shades(row, tensors)
     sizes = _sizes(tensors["mass"])
-    exact = tensors["exact"]
+    exact, folded = tensors["exact"], tensors["folded"]
     for column, plane in enumerate(row.projections):
         keys, centroids = tensors[f"{plane.name}_keys"], tensors[f"{plane.name}_centroids"]
         style = {"cmap": colours[0], "norm": colours[1], "linewidths": 0}
         before, after = panels[0, column], panels[1, column]
         before.scatter(*keys.T, c=shades, s=9, alpha=0.8, **style)
-        after.scatter(*keys[~exact].T, c=FAINT, s=4, linewidths=0, zorder=1)
+        after.scatter(*keys[folded].T, c=FAINT, s=4, linewidths=0, zorder=1)
         after.scatter(*keys[exact].T, c=shades[exact], s=12, marker="s", zorder=2, **style)
         after.scatter(
             *centroids.T, c=centroid_shades, s=sizes, cmap=colours[0], norm=colours[1],
@@ -76,7 +76,7 @@ def _planes(row: Manifold, tensors: dict[str, Tensor]) -> Figure:
         )  # fmt: skip
         labels = _axis_labels(plane.name, plane.facts)
         before.set_title(f"{TITLES[plane.name]}: all {len(keys)} keys", fontsize=10)
-        after.set_title(f"{len(centroids)} centroids, {int(exact.sum())} exact keys", fontsize=10)
+        after.set_title(_after(row), fontsize=10)
         after.sharex(before)
         after.sharey(before)
         for panel in (before, after):
@@ -97,8 +97,16 @@ def _planes(row: Manifold, tensors: dict[str, Tensor]) -> Figure:
         loc="outside lower center", ncols=4 if columns < 3 else 8, frameon=False, fontsize=9,
     )  # fmt: skip
     kind = row.setting.space.replace("p", "P", 1)
-    figure.suptitle(_title(f"{kind} keys before and after partition", row.setting), fontsize=10)
+    what = f"{kind} keys before and after partition"
+    figure.suptitle(_title(what, row.setting, row.setting.compared), fontsize=10)
     return figure
+
+
+def _after(row: Manifold) -> str:
+    """What is left of the keys."""
+    setting = row.setting
+    dropped = f", {setting.dropped} dropped" if setting.dropped else ""
+    return f"{len(setting.masses)} centroids, {setting.exact} exact keys{dropped}"
 
 
 def _shades(row: Manifold, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, tuple]:
@@ -107,8 +115,8 @@ def _shades(row: Manifold, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
     if not row.topics:
         norm = Normalize(0, len(topic))
         return torch.arange(len(topic)), tensors["centroid_positions"], (MAP, norm)
-    left, n = ~tensors["exact"], len(tensors["mass"])
-    counts = topic_counts(tensors["nearest"][left], topic[left], n, len(row.topics))
+    folded, n = tensors["folded"], len(tensors["mass"])
+    counts = topic_counts(tensors["nearest"][folded], topic[folded], n, len(row.topics))
     colours = ListedColormap([_topic_colour(i) for i in range(len(row.topics))])
     return topic, counts.argmax(1), (colours, Normalize(-0.5, len(row.topics) - 0.5))
 
@@ -181,7 +189,9 @@ def _transitions(row: Manifold, tensors: dict[str, Tensor]) -> Figure:
         frameon=False, fontsize=9,
     )  # fmt: skip
     figure.suptitle(
-        _title("Topic transitions", row.setting) + f"\n{_transition_facts(row)}", fontsize=10
+        _title("Topic transitions", row.setting, row.setting.compared)
+        + f"\n{_transition_facts(row)}",
+        fontsize=10,
     )
     return figure
 
@@ -319,12 +329,16 @@ def _facts(row: Spectrum) -> str:
     )
 
 
-def _title(what: str, setting: Setting) -> str:
+def _title(what: str, setting: Setting, whose: str = "own head") -> str:
+    """`whose`: keys of which heads the figure shows, see `Setting.compared`."""
     budget = f" @ {setting.subject.budget}" if setting.subject.budget else ""
     recipe = f"{setting.subject.recipe}{budget}"
     recipe = recipe if len(recipe) <= 90 else recipe[:87] + "..."
     model, text = Path(setting.model.name).name, _text(setting.text)
-    return f"{what}: {model}, layer {setting.layer}, KV head {setting.head}, {text}\n{recipe}"
+    head = {"all heads": "all KV heads side by side", "mean": "mean of the KV heads"}.get(
+        whose, f"KV head {setting.head}"
+    )
+    return f"{what}: {model}, layer {setting.layer}, {head}, {text}\n{recipe}"
 
 
 def _text(text: Text) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvloom.evaluation.results import from_line, to_line
 from kvloom.evaluation.subjects import file_sha256
 
-VERSION = 1
+VERSION = 2
 Kind = TypeVar("Kind")
 
 

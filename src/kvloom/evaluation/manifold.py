@@ -52,12 +52,11 @@ class Manifold:
     """The row of `kvloom analyze manifold`.
 
     Attributes:
-        projections: planes in `data`. similarity: mean cosine of tokens that are no longer exact to
-            their nearest centroid.
+        projections: planes in `data`. similarity: mean cosine of folded tokens to their nearest
+            centroid.
         topics: empty without topics; then the rest is empty or None, too.
-        purity: share of the tokens that are no longer exact whose nearest centroid has no other topic
-            more often than their own among its members; purity_of_one: what one centroid for all
-            would reach.
+        purity: share of the folded tokens whose nearest centroid has no other topic more often than
+            their own among its members; purity_of_one: what one centroid for all would reach.
         transitions: at the boundaries between topics. shift: their mean; shift_within: the same in the
             middle of passages, where no topic changes, which a few tokens of many centroids shift, too.
         data: sha256 of the tensors beside the row.
@@ -77,7 +76,7 @@ class Manifold:
 
 def analyze(case: Case, kinds: Sequence[str]) -> tuple[Manifold, dict[str, Tensor]]:
     """The row, and tensors for its figures: places of keys and centroids on each plane, and of
-    each token its topic, whether it is exact, and its nearest centroid.
+    each token its topic, whether it is exact or folded, and its nearest centroid.
 
     Raises ValueError as `analysis.run`.
     """
@@ -88,6 +87,7 @@ def analyze(case: Case, kinds: Sequence[str]) -> tuple[Manifold, dict[str, Tenso
         "mass": state.mass,
         "centroid_positions": state.positions,
         "exact": ~observed.left,
+        "folded": observed.folded,
         "nearest": index,
         "topic": case.text.topic,
     }
@@ -104,11 +104,11 @@ def analyze(case: Case, kinds: Sequence[str]) -> tuple[Manifold, dict[str, Tenso
 def _row(
     observed: Observed, text: Labelled, planes: list[Projection], index: Tensor, cosine: Tensor
 ) -> Manifold:
-    left = observed.left
-    similarity = float(cosine[left].mean())
+    folded = observed.folded
+    similarity = float(cosine[folded].mean())
     if len(text.names) < 2:
         return Manifold(observed.setting, planes, similarity, [], None, None, [], None, None)
-    pure, one = purity(index[left], text.topic[left])
+    pure, one = purity(index[folded], text.topic[folded])
     found = transitions(index, text)
     middle = within(index, text)
     counts = torch.bincount(text.topic, minlength=len(text.names)).tolist()

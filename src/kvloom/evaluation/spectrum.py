@@ -4,11 +4,12 @@ For each query q of the second half of a text, in one head, at the forward in wh
 
     with:     e = sum_j exp(l_j + log m_j) / Z    l_j: logit of centroid j, m_j: tokens it stands for
     without:  e = sum_j exp(l_j) / Z              same state, same queries
-    full:     e = sum_t exp(l_t) / Z              over the tokens t that are no longer exact, in a cache
-                                                  that holds every key of the same run as it was
+    full:     e = sum_t exp(l_t) / Z              over the tokens t that they stand for, in a cache that
+                                                  holds every key of the same run as it was
 
 Z sums over everything that the query sees in each case: the centroids or their tokens, and whatever is
-exact, as the layer holds it. If members are identical (same key, same position), with equals full.
+exact, as the layer holds it; what a merger drops is in the Z of full alone. If members are identical (same
+key, same position) and nothing is dropped, with equals full.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from kvloom.core.attend import Call, centroid_tier, partials
 from kvloom.core.forward import Forward
+from kvloom.core.merge import CentroidMerger
 from kvloom.core.store import LayerStore
 from kvloom.evaluation import analysis, analysis_rows
 from kvloom.evaluation.analysis import Case, Recorder, Setting
@@ -111,7 +113,7 @@ class Spectrograph:
         for kind, weight in self._centroid_weights(store, forward, state).items():
             self.energy[kind].append(weight.sum(-1))
             self.weights[kind].append(weight.mean((0, 1)))
-        energy, members = self._full_weights(recorder, forward.call, state)
+        energy, members = self._full_weights(recorder, store, forward.call, state)
         self.energy["full"].append(energy)
         self.weights["full"].append(members)
         self.mass.append(state.mass)
@@ -139,11 +141,10 @@ class Spectrograph:
         }
 
     def _full_weights(
-        self, recorder: Recorder, call: Call, state: analysis.State
+        self, recorder: Recorder, store: LayerStore, call: Call, state: analysis.State
     ) -> tuple[Tensor, Tensor]:
-        """Share of all tokens that are no longer exact `[G, Q]`, and of those nearest to each
-
-        centroid, a mean over queries, `[n]`.
+        """Share of all tokens that centroids stand for `[G, Q]`, and of those nearest to each centroid, a
+        mean over queries, `[n]`.
         """
         keys, Q = recorder.keys(), call.query.shape[3]
         T = len(keys)
@@ -158,8 +159,11 @@ class Spectrograph:
             normaliser = torch.logaddexp(normaliser, sink)
         left = analysis.left_out(T, state)
         left[T - Q :] = False  # the new ones are exact
-        weights = torch.exp(logits - normaliser[..., None])[..., left]
-        points = recorder.points().cpu()[left]
+        merger = store.plan.merger
+        assert isinstance(merger, CentroidMerger)
+        folded = analysis.folded_of(left, merger)
+        weights = torch.exp(logits - normaliser[..., None])[..., folded]
+        points = recorder.points().cpu()[folded]
         index, _ = analysis.nearest(points, state.keys, self.metric)
         members = torch.zeros(len(state.mass)).scatter_add(0, index, weights.mean((0, 1)))
         return weights.sum(-1), members

@@ -76,19 +76,22 @@ def ingest(rules: MPKVM, losers: Losers, held: Block, memory: Memory) -> tuple[B
     return clusters.close(held), clusters.memory
 
 
-def sampled(rules: MPKVM, losers: Losers) -> Tensor:
-    """Which losers are taken in: bool `[B, H, N]`."""
+def takes(rules: MPKVM, losers: Losers) -> Tensor | None:
+    """Which losers are taken in: bool `[B, H, N]`; None: all."""
+    if rules.sample_stride == 1:
+        return None
     return losers.valid & (losers.positions % rules.sample_stride == 0)
 
 
 def _tokens(rules: MPKVM, losers: Losers) -> Tokens:
     valid, mass = losers.valid, torch.exp(losers.mass)
     content = _content(rules, losers.keys, losers.values, losers.positions)
-    if rules.sample_stride > 1:
-        valid = sampled(rules, losers)
+    taken = takes(rules, losers)
+    if taken is not None:
+        valid = taken
     if not rules.per_head_clustering:
         valid, mass = valid[:, :1], mass[:, :1]
-    if rules.sample_stride > 1:  # without gaps, so that blocks are counted over what is taken in
+    if taken is not None:  # without gaps, so that blocks are counted over what is taken in
         order = torch.argsort(~valid, dim=-1, stable=True)
         content, mass, valid = (take_slots(x, order) for x in (content, mass, valid))
     content = content.masked_fill(~valid[..., None], 0.0)  # else weight 0 times infinity

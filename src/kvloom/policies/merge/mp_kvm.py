@@ -82,6 +82,7 @@ class MPKVM(CentroidMerger):
     name = "mp_kvm"
     fit = _mp_kvm.check_fit
     bias = _mp_kvm.bias
+    takes = _clusters.takes
 
     def __post_init__(self) -> None:
         _mp_kvm.check_parameters(self)
@@ -111,9 +112,6 @@ class MPKVM(CentroidMerger):
 
     def memory(self, rows: int, heads: int) -> Memory:
         return _clusters.memory_of(self, rows, heads)
-
-    def taken(self, losers: Losers) -> int | None:
-        return None if self.conserves else int(_clusters.sampled(self, losers).sum())
 
     def ingest(self, losers: Losers, centroids: Block, memory: Memory) -> tuple[Block, Memory]:
         return _clusters.ingest(self, losers, centroids, memory)
