@@ -358,6 +358,72 @@ def test_groups_of_identical_tokens_give_full_attention(block):
     assert (without - exact).abs().max() > 100 * (2 * naive + slack)
 
 
+def turned(x, positions, rope):
+    """`x [..., n, d]` at `positions [..., n]` in float64, pairs half a head apart."""
+    angle = positions.double()[..., None] * rope.inv_freq.double()
+    a, b = x.double().chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+
+@pytest.mark.parametrize(
+    "how", ["positions='mean'", "positions='slot'", "positions='positionless'", "rope='post'"]
+)
+def test_centroids_in_bf16_err_no_more_than_naive_attention(how):
+    """Everything that a bf16 layer holds, attended in float64 and naively in bf16."""
+    H, G, Q, d, start, n = 2, 2, 24, 16, 3000, 300
+    bf16, generator = torch.bfloat16, torch.Generator().manual_seed(6)
+    rope = RopeSpec(10000.0 ** -(torch.arange(0, d, 2) / d), d)
+    recipe = Recipe.parse(f"mp_kvm(max_centroids=12, similarity_threshold=0.6, {how})")
+    plan = LayerPlan(recipe, Budget.parse("60tok"), Dense(), 0, 1, H, d, d, bf16, rope=rope)
+    store = LayerStore(plan, *torch.zeros(2, 1, H, 0, d, dtype=bf16))
+
+    def feed(n, start):
+        pre, values = torch.randn(2, 1, H, n, d, generator=generator)
+        at = torch.arange(start, start + n)[None]
+        query = torch.randn(1, H, G, n, d, generator=generator)
+        query = rope.rotate(query, at[:, None, None].expand(1, H, G, n)).to(bf16)
+        keys, values = rope.rotate(pre, at[:, None]).to(bf16), values.to(bf16)
+        out, forward = store.forward(keys, values, Call(query, d**-0.5, positions=at), None, at)
+        return out, forward, query, keys, values, at
+
+    _, forward, *_ = feed(n, start)
+    store.commit(forward)
+    held, exact = store.centroids, [store.sinks, store.tail]
+    out, forward, query, keys, values, at = feed(Q, start + n)
+    assert store.centroids is held and held.keys.dtype is bf16 and held.longest == 12
+    assert int(store.stored[0, 0]) == 48 and not store.pool.slabs
+
+    middle, seen = held.meta["positions"], query[:, :, :, :, None].double()
+    if "slot" in how:
+        middle = start + n - 44 - 12 + middle.argsort(-1).argsort(-1)
+    if "post" in how:
+        centroids = held.keys.double()
+    elif "positionless" in how:  # at each query's own position, so as far as it is from itself
+        places = at[0, :, None].expand(1, H, Q, 12).double()
+        centroids = turned(held.keys[:, :, None].expand(1, H, Q, 12, d), places, rope)
+    else:
+        centroids = turned(held.keys, middle, rope)
+    centroids = centroids if centroids.dim() == 5 else centroids[:, :, None].expand(1, H, Q, 12, d)
+    rest = [*(b.keys[:, :, : b.longest].double() for b in exact), keys.double()]
+    rest = torch.cat(rest, 2)[:, :, None].expand(1, H, Q, 48 + Q, d)
+    content = [held.values, *(b.values[:, :, : b.longest] for b in exact), values]
+    content, every = torch.cat(content, 2), torch.cat([centroids, rest], 3)
+    bias = torch.cat([masses(held).log(), torch.zeros(1, H, 48 + Q)], -1)[:, :, None, None]
+    bias = bias + torch.full((Q, 60 + Q), -math.inf).triu(61)
+
+    def attention(dtype):
+        logits = (seen.to(dtype) @ every[:, :, None].to(dtype).mT)[..., 0, :] * d**-0.5
+        return ((logits + bias.to(dtype)).softmax(-1) @ content[:, :, None].to(dtype)).double()
+
+    want = attention(torch.float64)
+    naive = (attention(bf16) - want).abs().max()
+    assert (out.double() - want).abs().max() <= 2 * naive
+    none = bias.masked_fill(torch.arange(60 + Q) < 12, -math.inf)
+    without = (seen @ every[:, :, None].mT)[..., 0, :] * d**-0.5 + none
+    without = without.softmax(-1) @ content[:, :, None].double()
+    assert (without - want).abs().max() > 10 * naive, "the centroids hardly matter"
+
+
 # -- every parameter does something ----------------------------------------------------------------
 
 FOLDING = {
