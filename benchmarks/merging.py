@@ -29,11 +29,12 @@ from kvloom.evaluation.measure import Scores
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "merging"
 SCORERS = ["snapkv", "h2o", "knorm"]
-MERGERS = [
-    "", "nearest", "nearest(keys=True)", "mass_fold", "cam", "d2o", "refit",
+MERGERS = [  # spelled out, so that no row changes its meaning with a default
+    "", "nearest", "nearest(keys=True)", "mass_fold(weight='count')", "d2o", "refit",
     "mean_centroid", "mp_kvm",
 ]  # fmt: skip
-BY_ATTENTION = ["mass_fold(weight='score')"]  # only after scorers whose scores are attention
+BY_ATTENTION = ["mass_fold(weight='score')", "cam"]  # after scorers whose scores are attention
+PACKED = ["snapkv | int4", "snapkv | mass_fold(weight='score') | int4", "snapkv | mp_kvm | int4"]
 BASE = "mp_kvm(max_centroids=128)"
 SWITCHES = [
     "mass_bias=False", "positions='slot'", "positions='positionless'",
@@ -46,15 +47,12 @@ SWITCHES = [
 
 
 def merger_recipes() -> list[str]:
-    """Scorers alone, and with each merger."""
+    """Scorers alone, and with each merger; some in front of packed pages."""
     found = []
     for scorer in SCORERS:
-        more = BY_ATTENTION if scorer in ("h2o", "snapkv") else []
-        named = [
-            m for m in [*MERGERS, *more] if not (m == "cam" and scorer not in ("h2o", "snapkv"))
-        ]
+        named = [*MERGERS, *(BY_ATTENTION if scorer in ("h2o", "snapkv") else [])]
         found += [f"{scorer} | {merger}" if merger else scorer for merger in named]
-    return found
+    return [*found, *PACKED]
 
 
 def ablation_recipes() -> list[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,22 +20,37 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from kvloom.core import registry
 from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.results import Row
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from merging import BASE, ablation_recipes, merger_recipes
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "merging.md"
 SWEEP = RESULTS / "merging" / "sweep"
 DRAWS = 4000  # bootstrap resamples
-ABLATED = "mp_kvm(max_centroids=128)"  # what benchmarks/merging.py turns the switches of
+Cell = tuple[str, str | None]  # recipe, budget
 
 
 def lines(part: str) -> list[dict[str, Any]]:
-    """The last line of each recipe and budget, in the order of measuring."""
+    """The last line of each recipe, budget and state of the sources, in the order of measuring."""
     path = RESULTS / "merging" / f"{part}.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = {(r["recipe"], r["budget"]): r for r in map(json.loads, text.splitlines())}
+    found = {(_cell(r), r["source_sha256"]): r for r in map(json.loads, text.splitlines())}
     return list(found.values())
+
+
+def _cell(row: dict[str, Any]) -> Cell:
+    return row["recipe"], row["budget"]
+
+
+def latest(found: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
+    """The last of each recipe and budget; recipes as in `order`, others behind."""
+    rank = {recipe: i for i, recipe in enumerate(order)}
+    rows = {_cell(r): r for r in found}.values()
+    return sorted(rows, key=lambda r: rank.get(r["recipe"], len(rank)))
 
 
 def interval(differences: list[float]) -> tuple[float, float, float]:
@@ -46,13 +62,26 @@ def interval(differences: list[float]) -> tuple[float, float, float]:
 
 
 def base_of(row: dict[str, Any], found: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """Of the rows of the recipe `name`, at whatever budget, the one that holds most nearly as many bytes."""
-    named = [r for r in found if r["recipe"] == name]
-    return min(named, key=lambda r: abs(_held(r) - _held(row)), default=None)
+    """Of the rows of the recipe `name`, at whatever budget, the one of the same sources (if there is one)
+    that holds most nearly as many bytes.
+    """
+    named = [r for r in found if r["recipe"] == name and r["setting"] == row["setting"]]
+
+    def distance(r: dict[str, Any]) -> tuple[bool, float]:
+        return r["source_sha256"] != row["source_sha256"], abs(_held(r) - _held(row))
+
+    return min(named, key=distance, default=None)
 
 
-def paired_table(part: str, name_of: Callable[[str], str]) -> str:
-    """Markdown: each recipe against the one that `name_of` names, at equal bytes."""
+def without_merger(recipe: str) -> str:
+    """The same scorer and format, dropping."""
+    mergers = registry.policies("merger")
+    parts = [p for p in recipe.split(" | ") if p.partition("(")[0] not in mergers]
+    return " | ".join(parts)
+
+
+def paired_table(part: str, order: list[str], name_of: Callable[[str], str]) -> str:
+    """Markdown: each recipe against the one that `name_of` names, at equal bytes; below, the sources."""
     found = lines(part)
     if not found:
         return "Not measured yet."
@@ -61,11 +90,36 @@ def paired_table(part: str, name_of: Callable[[str], str]) -> str:
         "needles | needles against base |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in found:
+    for row in latest(found, order):
         base = base_of(row, found, name_of(row["recipe"]))
         if row["budget"] is not None and base is not None:
             out.append("| " + " | ".join(_cells(row, base)) + " |")
-    return "\n".join(out)
+    missing = [f"`{r}`" for r in order if r not in {row["recipe"] for row in found}]
+    made = ((_cell(r), r["source_sha256"], r["commit"], [*r["kl"], *r["right"]]) for r in found)
+    out += ["", sources_note(made)]
+    return "\n".join(out + ([f"Not measured yet: {', '.join(missing)}."] if missing else []))
+
+
+def sources_note(rows: Iterable[tuple[Cell, str, str, list[float]]]) -> str:
+    """What sources the rows `(cell, hash, commit, figures)` were measured with, and how far those agree
+    that were measured with several.
+    """
+    by_source: dict[str, list[str]] = {}
+    by_cell: dict[Cell, list[list[float]]] = {}
+    for cell, source, commit, figures in rows:
+        by_source.setdefault(source, []).append(commit)
+        by_cell.setdefault(cell, []).append(figures)
+    named = [
+        f"{len(commits)} at {' and '.join(dict.fromkeys(c[:7] for c in commits))} (`{source[:8]}`)"
+        for source, commits in by_source.items()
+    ]
+    note = f"Rows by commit (hash of the sources): {', '.join(named)}."
+    again = {cell: found for cell, found in by_cell.items() if len(found) > 1}
+    if again:
+        same = [c for c, found in again.items() if all(x == found[0] for x in found)]
+        note += f" Measured with more than one: {len(again)}, of which {len(same)} have the same figures to "
+        note += "the last digit."
+    return note
 
 
 def _cells(row: dict[str, Any], base: dict[str, Any]) -> list[str]:
@@ -97,10 +151,13 @@ def _shown(mean: float, low: float, high: float, digits: int) -> str:
 
 def sweep_rows() -> list[Row]:
     """The last measured row of every recipe and budget."""
-    if not SWEEP.exists():
-        return []
-    found = {(r.subject.recipe, r.subject.budget): r for r in Ledger(SWEEP).rows.values()}
+    found = {(r.subject.recipe, r.subject.budget): r for r in all_sweep_rows()}
     return list(found.values())
+
+
+def all_sweep_rows() -> list[Row]:
+    """Those of every protocol and state of the sources, in the order of measuring."""
+    return list(Ledger(SWEEP).rows.values()) if SWEEP.exists() else []
 
 
 def fraction(row: Row) -> float:
@@ -144,7 +201,12 @@ def sweep_table() -> str:
             f"{b.slack / max(1, b.final):.0%} | {q.decode_perplexity:.2f} | {q.kl or 0:.3f} | "
             f"{q.needles_right}/{q.needles} |"
         )
-    return "\n".join(out)
+    made = (
+        ((r.subject.recipe, r.subject.budget), r.environment.source_sha256, r.environment.git or "",
+         [r.quality.kl or 0.0, r.quality.decode_perplexity or 0.0])
+        for r in all_sweep_rows()
+    )  # fmt: skip
+    return "\n".join([*out, "", sources_note(made)])
 
 
 def draw_sweep() -> None:
@@ -201,8 +263,8 @@ def filled(page: str, tables: dict[str, str]) -> str:
 def tables() -> dict[str, str]:
     """The page's tables by name."""
     return {
-        "mergers": paired_table("mergers", lambda recipe: recipe.partition(" | ")[0]),
-        "ablation": paired_table("ablation", lambda _: ABLATED),
+        "mergers": paired_table("mergers", merger_recipes(), without_merger),
+        "ablation": paired_table("ablation", ablation_recipes(), lambda _: BASE),
         "sweep": sweep_table(),
     }
 

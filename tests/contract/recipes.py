@@ -29,7 +29,7 @@ VARIANTS = {
     "knorm": ["knorm(recent_fraction=0.5)"],
     "kvquant": ["kvquant(bits=2, outliers=0.0)"],
     "nearest": ["nearest(keys=True)"],
-    "mass_fold": ["mass_fold(weight='score', min_similarity=0.3)"],
+    "mass_fold": ["mass_fold(weight='count')", "mass_fold(weight='score', min_similarity=0.3)"],
     "cam": ["cam(spread=5, seed=3)"],
     "dense": ["dense(rope='pre')"],
     "int4": ["int4(keys='channel')", "int4(hadamard='both', symmetric=True)"],
@@ -96,8 +96,9 @@ def allowed(case: Case) -> bool:
     merger = case.get("merger", NONE)
     if scorer and in_cache(scorer):  # centroids keep original positions
         return merger == NONE
-    shares = merger.startswith("cam") or "weight='score'" in merger
-    return not (shares and scorer) or Recipe.parse(scorer).scorer.scores_attention
+    if merger == NONE or not Recipe.parse(f"h2o | {merger}").merger.reads_attention:
+        return True
+    return scorer is None or Recipe.parse(scorer).scorer.scores_attention
 
 
 def in_cache(scorer: str) -> bool:

@@ -89,7 +89,7 @@ def test_identical_members_attend_as_the_full_cache(seed):
     group.lost[..., :5] = False
     group.kept = group.open = ~group.lost
     group.keys, group.values = group.keys.clamp(-3, 3), group.values.clamp(-3, 3)
-    made = MassFold().merge(group)
+    made = MassFold(weight="count").merge(group)
     query = torch.randn(3, 2, 7, 8, generator=generator)
 
     def attention(dtype, values, mass, there):
@@ -109,22 +109,25 @@ def test_identical_members_attend_as_the_full_cache(seed):
 
 def test_ratios_of_scores_that_are_no_attention_are_refused():
     model = build("llama")
-    with pytest.raises(ValueError, match=r"mass_fold\(weight='score'\) takes scores for attention"):
-        CompressedCache(model, "knorm | mass_fold(weight='score')", "50tok")
-    CompressedCache(model, "knorm | mass_fold", "50tok")
+    with pytest.raises(
+        ValueError, match=r"mass_fold takes scores for.*or mass_fold\(weight='count'\)"
+    ):
+        CompressedCache(model, "knorm | mass_fold", "50tok")
+    CompressedCache(model, "knorm | mass_fold(weight='count')", "50tok")
 
 
 @pytest.mark.parametrize("fmt", ["dense", "int4"])
 @pytest.mark.parametrize("scorer", ["h2o", "snapkv(window=16)", "knorm"])
 def test_in_caches(monkeypatch, scorer, fmt):
-    cache = check_in_caches(monkeypatch, MassFold, f"{scorer} | mass_fold | {fmt}", oracle())
+    recipe = f"{scorer} | mass_fold(weight='count') | {fmt}"
+    cache = check_in_caches(monkeypatch, MassFold, recipe, oracle())
     stats = cache.stats()
     assert 0 < stats.merged <= stats.evicted
 
 
 @pytest.mark.parametrize("scorer", ["h2o", "snapkv(window=16)"])
 def test_ratios_of_scores_in_caches(monkeypatch, scorer):
-    recipe = f"{scorer} | mass_fold(weight='score')"
+    recipe = f"{scorer} | mass_fold"
     stats = check_in_caches(monkeypatch, MassFold, recipe, oracle("score")).stats()
     assert 0 < stats.merged <= stats.evicted
 
