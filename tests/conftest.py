@@ -7,9 +7,21 @@ import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# against oracles, products are fp32; what integers add to the error is tests/kernels/test_cpu.py
+os.environ.setdefault("KVLOOM_CPU_MODE", "exact")
 
 import pytest
 import torch
+
+if "KVLOOM_TEST_MODULE" in os.environ:  # kernels built otherwise: emulated, or with sanitizers
+    import importlib.util
+    import sys
+
+    spec = importlib.util.spec_from_file_location("_cpu", os.environ["KVLOOM_TEST_MODULE"])
+    import kvloom.kernels as kernels
+
+    kernels._cpu = sys.modules["kvloom.kernels._cpu"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels._cpu)
 
 torch.set_num_threads(1)  # the models are tiny, and the workers of xdist share the cores
 

@@ -17,6 +17,7 @@ from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.subjects import Cell, cells_of, parse, spell_out
 from kvloom.hf import load
+from kvloom.kernels import ops
 from kvloom.kernels.ops import forced_backend
 from tests.evaluation.tiny import ByteTokenizer, bench, perturbed
 from tests.models import build, tokens
@@ -94,7 +95,8 @@ def test_the_key_changes_with_everything_that_determines_a_cell() -> None:
 
 def test_the_environment_says_which_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     before = identity.environment(torch.device("cpu"))
-    assert (before.backend, before.capability) == (None, torch.backends.cpu.get_cpu_capability())
+    assert before.backend == ops.serving()
+    assert before.capability == torch.backends.cpu.get_cpu_capability()
     monkeypatch.setenv("KVLOOM_BACKEND", "reference")
     forced_backend.cache_clear()
     try:

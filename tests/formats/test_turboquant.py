@@ -11,7 +11,8 @@ import torch
 from kvloom.core.format import PAGE
 from kvloom.core.recipe import Recipe
 from kvloom.formats import _hadamard
-from kvloom.formats.turboquant import TurboquantMSE, levels
+from kvloom.formats._levels import lloyd_max as levels
+from kvloom.formats.turboquant import TurboquantMSE
 from tests.formats.reading import Cell, place_of
 
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvloom.core.block import Block
+from kvloom.core.block import Block, uniform
 from kvloom.core.format import PAGE
 from kvloom.core.merge import CentroidMerger
-from kvloom.kernels import ops
+from kvloom.core.native import why_not, why_unread
+from kvloom.kernels import cpu_backend, ops
 
 if TYPE_CHECKING:
     from kvloom.core.slab import Segment, Slab
@@ -77,11 +78,9 @@ def partials(
     store: LayerStore, call: Call, new: Block | None, centroids: bool = True
 ) -> list[Partial]:
     """Every tier's `(out, lse)`, as `attend` combines them; those of the centroids can be left out."""
-    parts: list[Partial] = []
-    pinned = _pinned(store)
-    if pinned is not None:
-        query = store.sink_query(call.query) if store.plan.in_cache else call.query
-        parts.append(_partial(pinned, call, query))
+    if _native(store, call):
+        return _native_partials(store, call, new, centroids)
+    parts = [_sinks_partial(store, call)] if store.sinks is not None and store.sinks.longest else []
     with_tail = _pages_and_tail(store, call)
     turned = _turned(store, call)
     for slab in store.pool.slabs:
@@ -94,6 +93,35 @@ def partials(
     rest = _exact_tiers(store, call, new, tail=with_tail is None)
     parts += [_partial(tier, call, call.query) for tier in rest]
     return parts
+
+
+def _native(store: LayerStore, call: Call) -> bool:
+    """Whether the C++ kernels serve this call."""
+    reason = why_not(store, call)
+    short = call.query.shape[3] <= cpu_backend.QUERIES
+    if reason is not None and short and ops.forced_backend() == "cpu":
+        raise RuntimeError(f"KVLOOM_BACKEND=cpu cannot serve this call: {reason}")
+    return reason is None
+
+
+def _native_partials(
+    store: LayerStore, call: Call, new: Block | None, centroids: bool
+) -> list[Partial]:
+    parts = [store.native.attend(store, call)]
+    if store.plan.in_cache and store.sinks is not None and store.sinks.longest:
+        parts.append(_sinks_partial(store, call))
+    if centroids and store.centroids is not None and store.centroids.longest:
+        parts.append(_partial(*centroid_tier(store, call)))
+    if new is not None:
+        parts += [_partial(t, call, call.query) for t in _exact_tiers(store, call, new, tail=False)]
+    return parts
+
+
+def _sinks_partial(store: LayerStore, call: Call) -> Partial:
+    tier = _pinned(store)
+    assert tier is not None
+    query = store.sink_query(call.query) if store.plan.in_cache else call.query
+    return _partial(tier, call, query)
 
 
 def _partial(tier: Tier, call: Call, query: Tensor) -> Partial:
@@ -121,6 +149,8 @@ def _slab_partial(store: LayerStore, slab: Slab, call: Call) -> Partial:
 
 
 def _slab_runs(store: LayerStore, slab: Slab, call: Call) -> Partial:
+    if not store.plan.format.in_place and why_unread(store) is None:
+        return _partial(_decoded_tier(store, slab, call), call, call.query)
     segments = slab.segments()
     if len(segments) == 1 and segments[0].covers(*call.query.shape[:2]):
         return _partial(_slab_tier(store, slab, segments[0], call), call, call.query)
@@ -151,19 +181,40 @@ def _slab_tier(store: LayerStore, slab: Slab, segment: Segment, call: Call) -> T
     keys, values = store.pool.read(segment, slab, skip or 0)
     if store.plan.pre_rope:
         keys = store.rotate(keys, slab.positions()[where])
-    bias = None
-    if slab.holes and skip is None:
-        alive = slab.valid()[where]
-        bias = torch.zeros_like(alive, dtype=torch.float32).masked_fill(~alive, float("-inf"))
-    if "mass" in slab.meta:
-        mass = slab.meta["mass"][where]
-        bias = mass if bias is None else bias + mass
+    bias = _slab_bias(slab, where, masked=slab.holes and skip is None)
     mask = None
     if call.past_mask is not None:
         start = store.pool.offset(slab)
         n = keys.shape[2]
         mask = call.past_mask[segment.rows, :, :, start : start + n]
     return Tier(segment.rows, segment.heads, keys, values, bias, mask)
+
+
+def _slab_bias(slab: Slab, where: tuple[slice, slice, slice], masked: bool) -> Tensor | None:
+    """Log mass, and -inf for dead slots if they are `masked`."""
+    bias = None
+    if masked:
+        alive = slab.valid()[where]
+        bias = torch.zeros_like(alive, dtype=torch.float32).masked_fill(~alive, float("-inf"))
+    if "mass" in slab.meta:
+        mass = slab.meta["mass"][where]
+        bias = mass if bias is None else bias + mass
+    return bias
+
+
+def _decoded_tier(store: LayerStore, slab: Slab, call: Call) -> Tier:
+    """A whole slab, decoded by the kernels into a workspace, for queries that are many."""
+    n = slab.pages * PAGE
+    keys, values = store.native.read(store, slab)
+    if store.plan.pre_rope:
+        keys = store.rotate(keys, slab.positions())
+    ragged = uniform(slab.used) is None
+    bias = _slab_bias(slab, (ALL, ALL, slice(0, n)), masked=slab.holes or ragged)
+    mask = None
+    if call.past_mask is not None:
+        start = store.pool.offset(slab)
+        mask = call.past_mask[..., start : start + n]
+    return Tier(ALL, ALL, keys, values, bias, mask)
 
 
 def _pinned(store: LayerStore) -> Tier | None:
@@ -231,7 +282,10 @@ def attention_mass(store: LayerStore, call: Call, new: Block | None, lse: Tensor
     A second light pass over the keys, given the normaliser of the first.
     """
     columns, turned = [], _turned(store, call)
-    for slab in store.pool.slabs:
+    in_place = store.native.raw is not None
+    if in_place:
+        columns.append(store.native.mass(store, call, lse))
+    for slab in () if in_place else store.pool.slabs:
         received = call.query.new_zeros((*slab.first.shape, slab.pages * PAGE), dtype=torch.float32)
         for segment in slab.segments():
             tier = _slab_tier(store, slab, segment, call)

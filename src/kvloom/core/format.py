@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvloom.core.policy import Policy
 from kvloom.kernels.layout import TILE
+from kvloom.kernels.packed import Parts
 from kvloom.positions.rope import RopeSpec
 
 PAGE = 64
@@ -263,6 +264,12 @@ class PageFormat(Policy):
         """
         raise NotImplementedError
 
+    def packed(self, key_dim: int, value_dim: int) -> Parts | None:
+        """How keys and values lie in memory, for kernels that read them there (None for a part: in the
+        slot field `keys` or `values`, as they are). None: only `read` can tell.
+        """
+        return None
+
     def outlier_counts(self, stored: Stored) -> Tensor | None:
         """How many keys and values of each tile are stored beside its codes, `[..., h, S / 32]`; None:
         nowhere any.
@@ -280,6 +287,12 @@ class PageFormat(Policy):
     def turn_query(self, query: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         """Queries `[B, H, ..., D]` in the basis of the stored keys."""
         return query
+
+    def turned_by(self, tables: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The matrix and the signs of `turn_query` as `"key"`, of `turn_back` as `"value"`: a vector times
+        its signs times the matrix, and a vector times the matrix times its signs.
+        """
+        return {}
 
     def turn_back(self, out: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         """Attention's output `[B, H, ..., E]` over stored values, in the model's basis."""

@@ -120,6 +120,17 @@ class Slab:
         host = [self.first, self.room, self.used, self.live, self.skip]
         return [*self.meta.values(), *extra, *host]
 
+    def kernel_view(self) -> list[Tensor]:
+        """The tensors whose addresses a kernel knows: it must be told again once one is another."""
+        extra = (self.alive, self.base, *self.meta.values())
+        return [
+            *self.codes(),
+            *(x for x in extra if x is not None),
+            self.first,
+            self.used,
+            self.skip,
+        ]
+
     def valid(self) -> Tensor:
         """Live slots: bool `[B, H, pages * 64]`."""
         n = self.pages * PAGE

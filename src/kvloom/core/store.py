@@ -14,6 +14,7 @@ from kvloom.core.compress import compress_if_due
 from kvloom.core.format import PAGE
 from kvloom.core.forward import Counters, Forward, Sealing, last_valid
 from kvloom.core.merge import Memory
+from kvloom.core.native import Native
 from kvloom.core.pages import PagePool
 from kvloom.core.plan import QUERIES, LayerPlan
 from kvloom.core.policy import Policy, Queries
@@ -52,6 +53,7 @@ class LayerStore:
             kept = plan.merger.memory(B, H)
             self.merger_memory = {name: x.to(device) for name, x in kept.items()}
         self.counters = Counters()
+        self.native = Native()
         self._capacity: Tensor | None = None
         self._capacity_at = self.seen
 

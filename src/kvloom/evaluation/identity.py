@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kvloom.core.policy import Policy
 from kvloom.evaluation.results import SCHEMA, VERSION, Environment, Model, Text
-from kvloom.kernels.ops import forced_backend
+from kvloom.kernels import ops
 
 PACKAGE = Path(__file__).parents[1]
 # Sources that only show results; changing them leaves every row valid.
@@ -160,7 +160,7 @@ def environment(device: torch.device) -> Environment:
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         device=_device(device),
-        backend=forced_backend(),
+        backend=ops.serving(),
     )
 
 

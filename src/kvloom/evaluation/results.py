@@ -97,8 +97,8 @@ class Environment:
     """Where it was measured. git: commit of kvloom's checkout, `+dirty` if changed; None: installed.
 
     source_sha256: of kvloom's own sources that can influence a result. capability: the instructions
-    that torch uses on this CPU, e.g. `"AVX2"`. backend: the kernels that `KVLOOM_BACKEND` forces;
-    None: none.
+    that torch uses on this CPU, e.g. `"AVX2"`. backend: the kernels that served, e.g. `"cpu avx2"`, and
+    how they multiplied if not by default; None, in older rows: torch.
     """
 
     kvloom: str

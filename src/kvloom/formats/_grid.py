@@ -29,6 +29,7 @@ from kvloom.kernels.layout import (
     unpack_keys,
     unpack_values,
 )
+from kvloom.kernels.packed import PackedPart, Parameter
 
 LIMIT = torch.finfo(torch.float16).max
 LEAST = 1e-7  # a scale that fp16 still holds; constant values have no other
@@ -155,6 +156,17 @@ class Grid:
         codes, *parameters = quantize(x.unflatten(2, (-1, channels)), self.bits, 3, self.symmetric)
         planes = [p[..., 0].unflatten(1, (-1, TILE)).transpose(2, 3) for p in parameters]
         return codes.flatten(2)[..., :width], planes
+
+    def packed(self, width: int, family: str) -> PackedPart:
+        """How kernels read it; `family`: of the sets."""
+        home = "tile" if self._in_tile else family
+        named = [Parameter(name, home) for name in self.names]
+        return PackedPart(
+            "uniform", self.bits, width, self.per, f"{self.part}_codes", named[0],
+            None if self.symmetric else named[1],
+            group=self._channels(width) if self.per == "token" else 0,
+            middle=1 << (self.bits - 1) if self.symmetric else 0,
+        )  # fmt: skip
 
     def codes(self, tile: Tensor, width: int) -> Tensor:
         """Packed codes `[..., T, bytes]` as uint8 `[..., T, 32, width]`."""

@@ -35,6 +35,12 @@ def matrix(width: int, device: torch.device = CPU, dtype: torch.dtype = torch.fl
     return made.to(device, dtype)
 
 
+@cache
+def back(width: int, device: torch.device = CPU) -> Tensor:
+    """The transpose of `matrix`, with rows of its own."""
+    return matrix(width, device).T.contiguous()
+
+
 def transform(x: Tensor, back: bool = False) -> Tensor:
     """`x [..., W] @ M`, or `x @ M.T`, in fp64, rounded to fp32.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvloom.core.format import Field, Part, Stored
 from kvloom.kernels.layout import TILE, Codes, tile_nbytes, unpack_keys, unpack_values
+from kvloom.kernels.packed import PackedPart, Parameter, Parts
 
 Levels = tuple[Tensor, Tensor]  # plain, and with Q-norm
 PARTS: tuple[Part, ...] = ("key", "value")
@@ -83,6 +84,23 @@ def normal(bits: int) -> Levels:
     return levels, matched(levels, points, weights)
 
 
+@cache
+def lloyd_max(bits: int, device: torch.device) -> Tensor:
+    """Ascending fp32 `[2^bits]`: each the mean of the standard normal over its cell, and each border
+    of two cells halfway between their levels.
+    """
+    inner = torch.linspace(0, 1, (1 << bits) + 1, dtype=torch.float64)[1:-1]
+    border = torch.special.ndtri(inner) * 3**0.5  # dense as the density's cube root: nearly right
+    end = torch.tensor([torch.inf], dtype=torch.float64)
+    for _ in range(500):
+        edge = torch.cat([-end, border, end])
+        density = torch.exp(-edge * edge / 2) / (2 * torch.pi) ** 0.5
+        level = -density.diff() / torch.special.ndtr(edge).diff()
+        border = (level[1:] + level[:-1]) / 2
+    found: Tensor = level.float().to(device)
+    return found
+
+
 def tables(levels: Sequence[Levels], q_norm: bool, heads: int) -> dict[str, Tensor]:
     """For every head the bounds between codes `[H, K - 1]` and the levels that they mean `[H, K]`;
     `levels` are those of keys and of values.
@@ -101,6 +119,23 @@ def fields(bits: int, key_dim: int, value_dim: int) -> dict[str, Field]:
         )
         for part, width in zip(PARTS, (key_dim, value_dim), strict=True)
     }
+
+
+def packed(widths: tuple[int, int], bits: int, ranges: str, outliers: float) -> Parts:
+    """How kernels read keys per channel, whose offsets and scales lie in `ranges`, and values per token."""
+    return (
+        _packed("key", bits, widths[0], "channel", ranges, outliers),
+        _packed("value", bits, widths[1], "token", "tile", outliers),
+    )
+
+
+def _packed(part: Part, bits: int, width: int, per: str, home: str, outliers: float) -> PackedPart:
+    offset, scale = (Parameter(f"{part}_{name}", home) for name in ("offset", "scale"))
+    exact = (f"{part}_outliers", f"{part}_index") if outliers else None
+    return PackedPart(
+        "levels", bits, width, per, f"{part}_codes", scale, offset,
+        levels=f"{part}_levels", outliers=exact,
+    )  # fmt: skip
 
 
 def encode(keys: Tensor, values: Tensor, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:

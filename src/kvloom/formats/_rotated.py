@@ -64,6 +64,16 @@ class Rotated(PageFormat, ABC):
             return query
         return _hadamard.turn(query, tables["key_signs"][:, None, None]).to(query.dtype)
 
+    def turned_by(self, tables: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        by = {}
+        if "key" in self.rotated:
+            signs = tables["key_signs"]
+            by["key"] = _hadamard.matrix(signs.shape[1], signs.device), signs
+        if "value" in self.rotated:
+            signs = tables["value_signs"]
+            by["value"] = _hadamard.back(signs.shape[1], signs.device), signs
+        return by
+
     def turn_back(self, out: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         if "value" not in self.rotated:
             return out

@@ -26,6 +26,7 @@ from kvloom.kernels.layout import (
     unpack_keys,
     unpack_values,
 )
+from kvloom.kernels.packed import PackedPart, Parameter
 
 EXACT = 16  # bits that mean no quantization
 
@@ -90,6 +91,16 @@ class Channels:
 
     def _parameter(self, n: int, dtype: torch.dtype) -> Field:
         return Field((n,), dtype, self.part, metadata=True)
+
+    def packed(self, width: int, scales: str) -> PackedPart:
+        """How kernels read it; `scales`: the family of the channels' scales."""
+        return PackedPart(
+            "uniform", self.bits, width, "channel", f"{self.part}_codes",
+            Parameter(f"{self.part}_scale", scales),
+            group=width // self.groups if self.groups else 0,
+            middle=1 << (self.bits - 1),
+            plane=(self.family, f"{self.part}_plane") if self.room else None,
+        )  # fmt: skip
 
     # -- encoding --------------------------------------------------------------------------------
 

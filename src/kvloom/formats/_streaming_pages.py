@@ -9,6 +9,7 @@ from kvloom.core.format import Encoded, Field, Layout, PageBatch, Sets, Stored
 from kvloom.formats import _streaming
 from kvloom.formats._grid import LIMIT
 from kvloom.formats._streaming_codes import Channels, Planes
+from kvloom.kernels.packed import PackedPart
 
 Parts = tuple[Channels, Channels]  # of keys and of values
 SCALES = "scales"
@@ -56,6 +57,15 @@ def encode(
     out.statistics["updates"] = _streaming.counted(updates, chunks)
     out.sets[SCALES] = Sets(scales, chunks.of)
     return out
+
+
+def packed(parts: Parts, widths: tuple[int, int]) -> tuple[PackedPart | None, PackedPart | None]:
+    """See `PageFormat.packed`."""
+    keys, values = (
+        None if part.exact else part.packed(width, SCALES)
+        for part, width in zip(parts, widths, strict=True)
+    )
+    return keys, values
 
 
 def decode(parts: Parts, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

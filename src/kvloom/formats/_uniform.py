@@ -13,6 +13,9 @@ from kvloom.core.policy import check, one_of
 from kvloom.formats._grid import Grid, cast
 from kvloom.formats._rotated import Rotated
 from kvloom.kernels.layout import BITS
+from kvloom.kernels.packed import PackedPart
+
+SCALES = "scales"  # the family of sets
 
 
 class Gridded(Rotated, ABC):
@@ -35,7 +38,11 @@ class Gridded(Rotated, ABC):
         keys, values = self.grids
         tile = keys.tile_fields(key_dim) | values.tile_fields(value_dim)
         shared = keys.set_fields(key_dim) | values.set_fields(value_dim)
-        return Layout(tile=tile, sets={"scales": shared} if shared else {})
+        return Layout(tile=tile, sets={SCALES: shared} if shared else {})
+
+    def packed(self, key_dim: int, value_dim: int) -> tuple[PackedPart, PackedPart]:
+        keys, values = self.grids
+        return keys.packed(key_dim, SCALES), values.packed(value_dim, SCALES)
 
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         tile, shared = {}, {}
@@ -46,11 +53,11 @@ class Gridded(Rotated, ABC):
         if not shared:
             return Encoded(tile=tile)
         own = torch.arange(len(batch.keys), device=batch.keys.device)
-        return Encoded(tile=tile, sets={"scales": Sets(shared, own)})
+        return Encoded(tile=tile, sets={SCALES: Sets(shared, own)})
 
     def read(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         keys, values = self.grids
-        shared = stored.sets.get("scales", {})
+        shared = stored.sets.get(SCALES, {})
         return (
             cast(keys.decode(stored.tile, shared, stored.key_dim), dtype),
             cast(values.decode(stored.tile, shared, stored.value_dim), dtype),

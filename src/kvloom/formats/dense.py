@@ -40,5 +40,8 @@ class Dense(PageFormat):
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         return Encoded({"keys": batch.keys, "values": batch.values})
 
+    def packed(self, key_dim: int, value_dim: int) -> tuple[None, None]:
+        return None, None
+
     def decode(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return stored.slot["keys"], stored.slot["values"]

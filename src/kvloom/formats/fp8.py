@@ -20,6 +20,7 @@ from torch import Tensor
 from kvloom.core.format import Encoded, Field, Layout, PageBatch, PageFormat, Part, Stored
 from kvloom.formats._grid import LEAST, LIMIT, cast
 from kvloom.kernels.layout import TILE, Codes, Planes, tile_nbytes
+from kvloom.kernels.packed import PackedPart, Parameter
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -38,6 +39,9 @@ class Fp8(PageFormat):
             tile[f"{part}_scale"] = Field((1, TILE), torch.float16, part, Planes(), metadata=True)
         return Layout(tile=tile)
 
+    def packed(self, key_dim: int, value_dim: int) -> tuple[PackedPart, PackedPart]:
+        return _packed("key", key_dim), _packed("value", value_dim)
+
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         return Encoded(tile=_encode("key", batch.keys) | _encode("value", batch.values))
 
@@ -46,6 +50,10 @@ class Fp8(PageFormat):
             cast(_decode("key", stored, stored.key_dim), dtype),
             cast(_decode("value", stored, stored.value_dim), dtype),
         )
+
+
+def _packed(part: Part, width: int) -> PackedPart:
+    return PackedPart("fp8", 8, width, "token", f"{part}_codes", Parameter(f"{part}_scale"))
 
 
 def _encode(part: Part, x: Tensor) -> dict[str, Tensor]:

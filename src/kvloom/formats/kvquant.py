@@ -28,6 +28,7 @@ from kvloom.core.policy import check, one_of
 from kvloom.formats import _levels, _ranges, _sparse
 from kvloom.formats._calibration import Calibration, calibrated
 from kvloom.kernels.layout import TILE
+from kvloom.kernels.packed import Parts
 
 RANGE = ("key_offset", "key_scale")
 
@@ -49,6 +50,9 @@ class KVQuant(PageFormat):
     calibration: str | None = field(default=None, metadata={"file": True})
     q_norm: bool | None = None
 
+    pre_rope = True
+    pinned = 1
+
     def __post_init__(self) -> None:
         check(self, one_of(self.bits, (4, 3, 2)), "bits is 4, 3 or 2")
         share = type(self.outliers) in (int, float) and 0 <= self.outliers < 0.5
@@ -61,14 +65,6 @@ class KVQuant(PageFormat):
     @property
     def movable(self) -> bool:
         return self.calibration is not None and not self.outliers
-
-    @property
-    def pre_rope(self) -> bool:
-        return True
-
-    @property
-    def pinned(self) -> int:
-        return 1
 
     def fit(self, place: Place) -> None:
         self._calibrated(place)
@@ -91,6 +87,10 @@ class KVQuant(PageFormat):
         if found:
             made |= {name: getattr(found, name)[place.layer] for name in RANGE}
         return {name: x.to(device) for name, x in made.items()}
+
+    def packed(self, key_dim: int, value_dim: int) -> Parts:
+        home = "table" if self.calibration else "ranges"
+        return _levels.packed((key_dim, value_dim), self.bits, home, self.outliers)
 
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         layout = self.layout(batch.keys.shape[2], batch.values.shape[2], batch.keys.dtype)

@@ -27,6 +27,7 @@ from torch import Tensor
 from kvloom.core.format import PAGE, Encoded, Layout, PageBatch, PageFormat, Place, Stored
 from kvloom.formats import _streaming, _streaming_pages
 from kvloom.formats._streaming_codes import EXACT, Channels
+from kvloom.kernels.packed import Parts
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,9 @@ class StreamingKVQuant(PageFormat):
         room: channels that a tile of 32 tokens may have as outliers; farther above their threshold
             goes first, the rest is stored like other channels.
         key_per_channel: `key_quant_per_channel`; False: a head's key channels share a scale.
-        value_groups: `value_quant_groups`, groups of a head's channels that share the largest e of
-            those that are no outliers; 0: a scale for each channel.
-        rope: `"pre"` stores keys before rotation (`quantize_pre_rope`), `"post"` after it, `"pair"`
-            after it with scales shared by rotary pairs.
+        value_groups: `value_quant_groups`, each with the largest e of its non-outliers; 0: no groups.
+        rope: keys are stored before rotation (`"pre"`, `quantize_pre_rope`) or after it (`"post"`); or
+            after it with scales shared by rotary pairs (`"pair"`).
         mixed_precision: `enable_mixed_precision_cache`; False protects neither sinks nor outliers.
         adaptive: `adaptive_chunk_size`; a chunk ends before a page with a channel above `relative`
             times its absmax in the chunk so far, so that the new level has scales of its own.
@@ -74,7 +74,6 @@ class StreamingKVQuant(PageFormat):
     adaptive: bool = False
     reset: int = 0
     clip: bool = True
-
     movable = False
 
     def __post_init__(self) -> None:
@@ -95,11 +94,9 @@ class StreamingKVQuant(PageFormat):
     @property
     def _parts(self) -> tuple[Channels, Channels]:
         room = self.room if self.detect and self.mixed_precision else 0
-        groups = 0 if self.key_per_channel else 1
-        return (
-            Channels("key", self.key_bits, groups, room, self.key_outlier_bits),
-            Channels("value", self.value_bits, self.value_groups, room, self.value_outlier_bits),
-        )
+        groups = (0 if self.key_per_channel else 1), self.value_groups
+        keys = Channels("key", self.key_bits, groups[0], room, self.key_outlier_bits)
+        return keys, Channels("value", self.value_bits, groups[1], room, self.value_outlier_bits)
 
     def layout(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> Layout:
         return _streaming_pages.layout(self._parts, (key_dim, value_dim), dtype)
@@ -108,9 +105,12 @@ class StreamingKVQuant(PageFormat):
         return _streaming.partners(place, device) if self.rope == "pair" else {}
 
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
-        pages, most = self.chunk // PAGE, (self.relative, self.absolute)
-        rule = _streaming.Rule(pages, self.adaptive, self.decay, self.reset, *most, self.clip)
+        most = self.chunk // PAGE, self.adaptive, self.decay, self.reset
+        rule = _streaming.Rule(*most, self.relative, self.absolute, self.clip)
         return _streaming_pages.encode(self._parts, rule, batch, statistics)
+
+    def packed(self, key_dim: int, value_dim: int) -> Parts:
+        return _streaming_pages.packed(self._parts, (key_dim, value_dim))
 
     def outlier_counts(self, stored: Stored) -> Tensor | None:
         return _streaming_pages.outlier_counts(self._parts, stored)

@@ -17,7 +17,6 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,27 +24,12 @@ from torch import Tensor
 from kvloom.core.format import Encoded, Field, Layout, PageBatch, Part, Stored
 from kvloom.core.policy import check, one_of
 from kvloom.formats._grid import LIMIT, cast
+from kvloom.formats._levels import lloyd_max
 from kvloom.formats._rotated import Rotated
 from kvloom.kernels.layout import TILE, Codes, Planes, tile_nbytes
+from kvloom.kernels.packed import PackedPart, Parameter, Parts
 
 BITS = (4, 3, 2)
-
-
-@cache
-def levels(bits: int, device: torch.device) -> Tensor:
-    """Ascending fp32 `[2^bits]`: each the mean of the standard normal over its cell, and each border
-    of two cells halfway between their levels.
-    """
-    inner = torch.linspace(0, 1, (1 << bits) + 1, dtype=torch.float64)[1:-1]
-    border = torch.special.ndtri(inner) * 3**0.5  # dense as the density's cube root: nearly right
-    end = torch.tensor([torch.inf], dtype=torch.float64)
-    for _ in range(500):
-        edge = torch.cat([-end, border, end])
-        density = torch.exp(-edge * edge / 2) / (2 * torch.pi) ** 0.5
-        level = -density.diff() / torch.special.ndtr(edge).diff()
-        border = (level[1:] + level[:-1]) / 2
-    found: Tensor = level.float().to(device)
-    return found
 
 
 @dataclass(frozen=True)
@@ -83,6 +67,10 @@ class TurboquantMSE(Rotated):
             tile[f"{part}_scale"] = Field((1, TILE), torch.float16, part, Planes(), metadata=True)
         return Layout(tile=tile)
 
+    def packed(self, key_dim: int, value_dim: int) -> Parts:
+        keys, values = (_packed(codes) for codes in self._codes(key_dim, value_dim))
+        return keys, values
+
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         codes, tile = self._codes(batch.keys.shape[2], batch.values.shape[2]), {}
         for codec, x in zip(codes, self.in_basis(batch), strict=True):
@@ -94,9 +82,15 @@ class TurboquantMSE(Rotated):
         return cast(_decode(keys, stored), dtype), cast(_decode(values, stored), dtype)
 
 
+def _packed(codec: Codes) -> PackedPart:
+    scale, table = Parameter(f"{codec.part}_scale"), lloyd_max(codec.bits, torch.device("cpu"))
+    codes = f"{codec.part}_codes"
+    return PackedPart("levels", codec.bits, codec.width, "token", codes, scale, levels=table)
+
+
 def _encode(codec: Codes, x: Tensor) -> dict[str, Tensor]:
     """Tile fields of rotated fp32 `[N, 2, 32, W]`."""
-    level = levels(codec.bits, x.device)
+    level = lloyd_max(codec.bits, x.device)
     norm = x.norm(dim=-1, keepdim=True)
     coordinate = x * (x.shape[-1] ** 0.5 / norm.clamp_min(torch.finfo(torch.float32).tiny))
     codes = torch.bucketize(coordinate, (level[1:] + level[:-1]) / 2)
@@ -109,7 +103,7 @@ def _encode(codec: Codes, x: Tensor) -> dict[str, Tensor]:
 
 def _decode(codec: Codes, stored: Stored) -> Tensor:
     """fp32 `[..., T * 32, width]`, in the rotated basis."""
-    level = levels(codec.bits, stored.tile[f"{codec.part}_codes"].device)
+    level = lloyd_max(codec.bits, stored.tile[f"{codec.part}_codes"].device)
     codes = codec.unpack(stored.tile[f"{codec.part}_codes"])
     scale = stored.tile[f"{codec.part}_scale"].transpose(-1, -2)
     return level[codes.int()].mul_(scale.float()).flatten(-3, -2)

@@ -1,4 +1,7 @@
-"""Which implementation serves a call. `KVLOOM_BACKEND=reference|torch` forces one.
+"""Which implementation serves a call. `KVLOOM_BACKEND=reference|torch|cpu` forces one.
+
+reference: plain torch that defines every op; torch: its fast CPU attention over decoded pages; cpu: the C++
+kernels over packed pages (and torch where a call is not theirs: long queries, a chunk among itself).
 
 A forced backend that cannot serve a call raises with the reason; without force the fastest
 backend that can is taken.
@@ -13,9 +16,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from kvloom.kernels import mass, reference, torch_cpu
+from kvloom.kernels import cpu_backend, mass, reference, torch_cpu
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "cpu")
 _BLOCK_ELEMENTS = 1 << 24  # logits held at once by the matmul path: 64 MiB in fp32
 
 
@@ -29,6 +32,23 @@ def forced_backend() -> str | None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"KVLOOM_BACKEND={name!r} is unknown; use one of {', '.join(BACKENDS)}")
     return name
+
+
+def cpu_refusal() -> str | None:
+    """The reason why the C++ kernels may not be used at all, or None."""
+    forced = forced_backend()
+    if forced in ("reference", "torch"):
+        return f"KVLOOM_BACKEND={forced}"
+    if cpu_backend.module() is None:
+        return "kvloom was built without its CPU kernels"
+    return None
+
+
+def serving() -> str:
+    """What attends over pages on a CPU: `"cpu avx2"`, `"cpu vnni fast"`, `"torch"`, `"reference"`."""
+    if cpu_refusal() is not None:
+        return forced_backend() or "torch"
+    return f"cpu {cpu_backend.isa()} {cpu_backend.mode_name()}".removesuffix(" default")
 
 
 def partial_attention(

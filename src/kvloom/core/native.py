@@ -1,0 +1,232 @@
+"""A layer's pages and exact tiers as the C++ kernels see them: read where they lie, in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvloom.core.format import PAGE
+from kvloom.kernels import cpu_backend, ops
+from kvloom.kernels.packed import Parts
+
+if TYPE_CHECKING:
+    from kvloom.core.attend import Call, Partial
+    from kvloom.core.block import Block
+    from kvloom.core.slab import Slab
+    from kvloom.core.store import LayerStore
+
+LOG2E = 1.4426950408889634
+UNSEEN = -1e30  # the kernels' logit of what must not be seen
+
+
+class Native:
+    """What the kernels know of one `LayerStore`; made anew whenever its slabs have changed."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.held: list[Tensor] = []  # whose addresses the kernels have
+        self.shape = (0, 0)  # rows, query heads per KV head
+        self.parts: Parts = (None, None)
+        self.checked: tuple[str | None, str | None] | None = None  # see `why_unread`
+        self.raw: Tensor | None = None  # logits of pages, for `mass`
+
+    def __deepcopy__(self, memo: object) -> Native:
+        return Native()  # addresses are not those of the copy
+
+    def attend(self, store: LayerStore, call: Call) -> Partial:
+        """`(out, lse)` of pages, tail and, unless they are read with other queries, sinks."""
+        query = call.query.float().contiguous()
+        B, H, G, Q, _ = query.shape
+        self._tell(store, G)
+        out = torch.empty(B, H, G, Q, store.plan.value_dim)
+        lse = torch.empty(B, H, G, Q)
+        self.raw, stride = None, 0
+        if store.plan.observes and store.pool.slabs:
+            stride = sum(slab.pages for slab in store.pool.slabs) * PAGE
+            self.raw = torch.full((B, H, G * Q, stride), UNSEEN)
+        held = self._runs(store)
+        handle = self.handle
+        handle.scale = call.scale
+        handle.softcap = call.softcap or 0.0
+        handle.attend(
+            query.data_ptr(), Q, 0, out.data_ptr(), lse.data_ptr(),
+            0 if self.raw is None else self.raw.data_ptr(), stride, torch.get_num_threads(),
+        )  # fmt: skip
+        del held
+        return out, lse
+
+    def mass(self, store: LayerStore, call: Call, lse: Tensor) -> Tensor:
+        """What the entries of pages received in the last `attend`, `[B, H, slots]`; `lse [B, H, G, Q]` is
+        that of all tiers. No key is read again.
+        """
+        assert self.raw is not None
+        B, H, _, Q = lse.shape
+        norm = lse.float() * LOG2E
+        norm = norm.clamp_min(UNSEEN / 10)
+        if call.voters is not None:
+            norm = norm.masked_fill(~call.voters[:, None, None], float("inf"))
+        norm = norm.contiguous()
+        received = torch.empty(B, H, self.raw.shape[3])
+        self.handle.mass(
+            self.raw.data_ptr(), self.raw.shape[3], Q, norm.data_ptr(), self.raw.shape[3],
+            received.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        self.raw = None
+        return received
+
+    def read(self, store: LayerStore, slab: Slab) -> tuple[Tensor, Tensor]:
+        """Keys (before rotation, if pages hold them so) and values of a slab in the basis of the pages,
+        `[B, H, slots, W]` in the model's dtype; zeros where a (row, head) has fewer pages.
+        """
+        self._tell(store, self.shape[1] or store.plan.group)
+        plan, (B, H) = store.plan, slab.first.shape
+        slots = slab.pages * PAGE
+        keys = torch.empty(B, H, slots, plan.key_dim)
+        values = torch.empty(B, H, slots, plan.value_dim)
+        which = next(i for i, s in enumerate(store.pool.slabs) if s is slab)
+        self.handle.decode(
+            which, slots, keys.data_ptr(), values.data_ptr(), torch.get_num_threads()
+        )
+        return keys.to(plan.dtype), values.to(plan.dtype)
+
+    # -- what the kernels are told -----------------------------------------------------------------
+
+    def _tell(self, store: LayerStore, group: int) -> None:
+        shape = len(store.seen), group
+        if self.handle is None or self.shape != shape:
+            self.shape, self.held = shape, []
+            self._begin(store)
+        self._refresh(store)
+
+    def _begin(self, store: LayerStore) -> None:
+        plan, (B, G) = store.plan, self.shape
+        compiled = cpu_backend.module()
+        assert compiled is not None
+        handle = compiled.Handle(B, plan.heads, G, plan.key_dim, plan.value_dim, cpu_backend.isa())
+        handle.mode = cpu_backend.mode()
+        if plan.pre_rope:
+            assert plan.rope is not None
+            interleaved = plan.rope.pairing == "interleaved"
+            handle.rotate(plan.rope.inv_freq.float().tolist(), interleaved, plan.rope.scale)
+        turned = plan.format.turned_by(store.pool.tables)
+        if turned:  # the matrices are kept by the format, the signs by the pool
+            key, signs = turned.get("key", (None, None))
+            value, value_signs = turned.get("value", (None, None))
+            handle.turn(_at(key), _at(signs), _at(value), _at(value_signs))
+        parts = plan.format.packed(plan.key_dim, plan.value_dim)
+        assert parts is not None
+        self.parts = parts
+        self.handle = handle
+        exact = [store.tail] if store.sinks is None or plan.in_cache else [store.tail, store.sinks]
+        runs = []
+        for block in exact:
+            run = compiled.Run()
+            run.keys, run.values = cpu_backend.dense(block.keys), cpu_backend.dense(block.values)
+            runs.append(run)
+        handle.runs = runs
+
+    def _runs(self, store: LayerStore) -> list[list[Tensor]]:
+        """Tell the kernels about the exact tiers; returns what must live until they are read."""
+        pinned = store.sinks if store.sinks is not None and not store.plan.in_cache else None
+        blocks = [store.tail] if pinned is None else [store.tail, pinned]
+        return [self._run(i, block) for i, block in enumerate(blocks)]
+
+    def _run(self, i: int, block: Block) -> list[Tensor]:
+        keys, values, n = block.keys, block.values, block.longest
+        held, count, bias, stride = [keys, values], 0, 0, 0
+        if block.size is None:
+            counts = block.count.contiguous()
+            held.append(counts)
+            count = counts.data_ptr()
+        if "mass" in block.meta and n:
+            mass = block.meta["mass"].float().contiguous()
+            held.append(mass)
+            bias, stride = mass.data_ptr(), mass.shape[2]
+        self.handle.set_run(
+            i, keys.data_ptr(), values.data_ptr(), n, count, bias, stride,
+            *keys.stride()[:3], *values.stride()[:3],
+        )  # fmt: skip
+        return held
+
+    def _refresh(self, store: LayerStore) -> None:
+        held = [x for slab in store.pool.slabs for x in slab.kernel_view()]
+        same = len(held) == len(self.held) and all(
+            a is b for a, b in zip(held, self.held, strict=True)
+        )
+        if same:
+            return
+        self.handle.slabs = [self._slab(store, slab) for slab in store.pool.slabs]
+        self.held = held
+
+    def _slab(self, store: LayerStore, slab: Slab) -> Any:
+        compiled = cpu_backend.module()
+        assert compiled is not None
+        made = compiled.Slab()
+        fields = cpu_backend.Fields(slab.tile, slab.slot, slab.sets, slab.index, store.pool.tables)
+        for name, part in zip(("keys", "values"), self.parts, strict=True):
+            if part is None:
+                setattr(made, f"dense_{name}", cpu_backend.dense(slab.slot[name]))
+            else:
+                setattr(made, name, cpu_backend.packed(part, fields))
+        made.first = cpu_backend.address(slab.first, torch.int64)
+        made.used = cpu_backend.address(slab.used, torch.int64)
+        made.skip = cpu_backend.address(slab.skip, torch.int64)
+        made.extent = slab.pages * PAGE
+        if slab.alive is not None:
+            made.alive, made.alive_stride = cpu_backend.address(slab.alive), slab.alive.shape[2]
+        if "mass" in slab.meta:
+            mass = slab.meta["mass"]
+            made.mass, made.mass_stride = cpu_backend.address(mass, torch.float32), mass.shape[2]
+        if store.plan.pre_rope:
+            self._positions(slab, made)
+        return made
+
+    def _positions(self, slab: Slab, made: Any) -> None:
+        if slab.base is not None:
+            made.base = cpu_backend.address(slab.base, torch.int32)
+            made.base_stride = slab.base.shape[2]
+            last = int(slab.base.max()) + PAGE
+        else:
+            at = slab.meta["positions"]
+            made.positions = cpu_backend.address(at, torch.int32)
+            made.position_stride, last = at.shape[2], int(at.max())
+        self.handle.reach(last)
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else cpu_backend.address(x)
+
+
+def why_not(store: LayerStore, call: Call) -> str | None:
+    """The reason why the kernels cannot attend over the pages and the tail, or None."""
+    if call.query.shape[3] > cpu_backend.QUERIES:
+        return f"{call.query.shape[3]} queries at once: matrix products are faster"
+    if call.past_mask is not None:
+        return "a mask addresses columns of the past"
+    return why_unread(store)
+
+
+def why_unread(store: LayerStore) -> str | None:
+    """The reason why the kernels cannot read the pages, or None; found once for every store."""
+    asked, native = ops.forced_backend(), store.native
+    if native.checked is None or native.checked[0] != asked:
+        native.checked = asked, _why_unread(store)
+    return native.checked[1]
+
+
+def _why_unread(store: LayerStore) -> str | None:
+    plan = store.plan
+    if store.device.type != "cpu":
+        return f"the cache is on {store.device.type}"
+    reason = ops.cpu_refusal()
+    if reason is not None:
+        return reason
+    if plan.format.packed(plan.key_dim, plan.value_dim) is None:
+        return f"{plan.format} does not say how its pages lie in memory"
+    if max(plan.key_dim, plan.value_dim) > cpu_backend.WIDEST:
+        return f"heads are wider than {cpu_backend.WIDEST}"
+    if plan.dtype not in cpu_backend.DTYPES:
+        return f"the model's dtype is {plan.dtype}"
+    return None
