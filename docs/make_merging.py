@@ -25,6 +25,7 @@ from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.results import Row
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from merge_sweep import FRACTIONS
 from merging import BASE, ablation_recipes, merger_recipes
 
 RESULTS = Path(__file__).parent / "results"
@@ -117,8 +118,7 @@ def sources_note(rows: Iterable[tuple[Cell, str, str, list[float]]]) -> str:
     again = {cell: found for cell, found in by_cell.items() if len(found) > 1}
     if again:
         same = [c for c, found in again.items() if all(x == found[0] for x in found)]
-        note += f" Measured with more than one: {len(again)}, of which {len(same)} have the same figures to "
-        note += "the last digit."
+        note += f" Measured with several: {len(again)}, with the same figures to the last digit: {len(same)}."
     return note
 
 
@@ -206,7 +206,10 @@ def sweep_table() -> str:
          [r.quality.kl or 0.0, r.quality.decode_perplexity or 0.0])
         for r in all_sweep_rows()
     )  # fmt: skip
-    return "\n".join([*out, "", sources_note(made)])
+    there = {round(fraction(row), 6) for row in found}
+    missing = [f"{f:g} %" for f in FRACTIONS if f not in there]
+    out += ["", sources_note(made)]
+    return "\n".join(out + ([f"Not measured yet: {', '.join(missing)}."] if missing else []))
 
 
 def draw_sweep() -> None:
