@@ -8,10 +8,13 @@ rotation commutes with that, so the function is unchanged, while a scale per tok
 loud pairs.
 
 Each recipe reads the same documents, held-out modules side by side in one batch: a prefill at once, then
-one token of each at a time, all of it through the compressed cache; a full cache has read the same
-tokens. Then it answers retrieval tasks, one by one. A line of docs/results/formats*/results.jsonl holds
-one recipe with its figures per document and task, so that differences are paired; from these
-`docs/make_formats.py` makes tables and figure.
+what is scored, all of it through the compressed cache; a full cache has read the same tokens. What is
+scored goes in up to the next sealing of a page, mostly 64 tokens at once: between two sealings nothing
+that is stored changes and new tokens are exact, so that each of them sees what it would see if they came
+one by one (tests/test_format_quality.py), at a fortieth of the time. Then the recipe answers retrieval
+tasks, one by one. A line of docs/results/formats*/results.jsonl holds one recipe with its figures per
+document and task, so that differences are paired; from these `docs/make_formats.py` makes tables and
+figure.
 
 A line is on the disk as soon as it is measured, and the same command goes on after the last one; the two
 models take turns, family by family, the copy first. Its weights go to results/, which git ignores.
@@ -33,12 +36,14 @@ from torch import Tensor
 
 from kvloom import testbed
 from kvloom.cli._console import console
-from kvloom.cli.calibrate import Options as Calibration
+from kvloom.cli.calibrate import Options
 from kvloom.cli.calibrate import run as calibrate
+from kvloom.core.format import PAGE
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import compare, disjoint, identity, needles, texts
 from kvloom.evaluation.measure import Scores
 from kvloom.evaluation.subjects import Cell
+from kvloom.formats._calibration import Calibration
 from kvloom.hf import load
 from kvloom.hf.cache import CompressedCache
 from kvloom.testbed.texts import stdlib_root
@@ -67,12 +72,17 @@ PAIRS = (3, 11)  # which of each head's rotary pairs
 COPY = Path("results") / "testbed-loud-keys"
 
 
+def loud_channels(width: int) -> Tensor:
+    """The channels of a head that are scaled: both of each pair."""
+    return torch.tensor([c for p in PAIRS for c in (p, p + width // 2)])
+
+
 def loud_copy(folder: Path) -> str:
     """The testbed model with loud key channels, saved in `folder`; the same function."""
     model, tokenizer = load.pretrained(testbed.path(), torch.float32, torch.device("cpu"))
     config = model.config
-    half, group = config.head_dim // 2, config.num_attention_heads // config.num_key_value_heads
-    channels = torch.tensor([c for p in PAIRS for c in (p, p + half)])
+    group = config.num_attention_heads // config.num_key_value_heads
+    channels = loud_channels(config.head_dim)
     with torch.no_grad():
         for layer in model.model.layers:
             for head in range(config.num_key_value_heads):
@@ -84,23 +94,43 @@ def loud_copy(folder: Path) -> str:
     return str(folder)
 
 
-def calibrations(model: str, folder: Path) -> list[str]:
-    """Recipes of KVQuant, calibrated for this model on a module that it was trained on.
+def calibrations(folder: Path) -> list[Path]:
+    """KVQuant's files for the testbed model, calibrated on a module that it was trained on.
 
     Files in `folder` are used again: remove them when calibration changes.
     """
-    text, recipes = str(stdlib_root() / "argparse.py"), []
+    text, found = str(stdlib_root() / "argparse.py"), []
     for bits in (4, 3, 2):
         for outliers in (0.01, 0.0):
             out = folder / f"kvquant-{bits}-{outliers:.0%}.safetensors"
             if not out.exists():
-                ask = Calibration(
-                    model, text, out, bits, outliers, 16, 1024, "float32", "cpu", False
-                )
+                ask = Options("testbed", text, out, bits, outliers, 16, 1024, "float32", "cpu", False)  # fmt: skip
                 calibrate(ask, console())
-            where = os.path.relpath(out)
-            recipes.append(f"kvquant(bits={bits}, outliers={outliers}, calibration={where!r})")
-    return recipes
+            found.append(out)
+    return found
+
+
+def louder(plain: Path, model: Any, folder: Path) -> Path:
+    """The calibration of the loud copy, `model`: ranges of loud channels times `LOUD`.
+
+    The copy computes the same, and a power of two rounds nothing, so that calibrating it gives just
+    that (tests/test_format_quality.py) and would take as long again.
+    """
+    made = Calibration.load(plain)
+    channels = loud_channels(made.shape[2])
+    for ranges in (made.key_offset, made.key_scale):
+        ranges[..., channels] *= LOUD
+    whose = {"model": folder.name, "model_sha256": identity.model_sha256(model)}
+    out = folder / plain.name
+    dataclasses.replace(made, facts=made.facts | whose).save(out)
+    return out
+
+
+def kvquant(path: Path) -> str:
+    """The recipe of a calibration."""
+    made = Calibration.load(path)
+    where = os.path.relpath(path)
+    return f"kvquant(bits={made.bits}, outliers={made.outliers}, calibration={where!r})"
 
 
 class Bench:
@@ -113,7 +143,6 @@ class Bench:
         self.documents = self._modules(given.documents, given.tokens)
         raw = texts.load(TEXT, self.tokenizer, given.needle_tokens).raw
         self.tasks = needles.prepare(raw, self.tokenizer, given.needles, given.needle_tokens, 0)
-        self.dense = self._read(CompressedCache(self.model, Recipe(), None), 0)
         self.facts = {
             "setting": self.setting,
             "model": dataclasses.asdict(identity.model_facts(self.model, name)),
@@ -121,6 +150,7 @@ class Bench:
                      "needle_sha256": needles.fingerprint(self.tasks)},
             "environment": dataclasses.asdict(identity.environment(self.model.device)),
         }  # fmt: skip
+        self.dense = self.read(Recipe())[0]
 
     def _modules(self, count: int, tokens: int) -> Tensor:
         """The first tokens of the first modules that are long enough, int64 `[count, tokens]`."""
@@ -132,15 +162,33 @@ class Bench:
                 return torch.tensor(found)
         raise ValueError(f"text {TEXT!r} has {len(found)} modules of {tokens} tokens, not {count}")
 
-    def _read(self, cache: CompressedCache, step: int) -> Tensor:
-        """Logits `[B, N-1-P, V]` of all tokens after the prefill but the last, `step` per forward, 0:
-        all at once.
+    def read(self, subject: Recipe, stepwise: bool = False) -> tuple[Tensor, CompressedCache]:
+        """Logits `[B, N-1-P, V]` of all tokens after the prefill but the last, and the cache then.
+
+        They go in up to the next sealing, or one by one.
         """
-        ids, P = self.documents, self.prefill
-        self.model(input_ids=ids[:, :P], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        parts = ids[:, P:-1].split(step or ids.shape[1], dim=1)
-        made = [self.model(input_ids=x, past_key_values=cache, use_cache=True) for x in parts]
-        return torch.cat([out.logits for out in made], dim=1)
+        cache, ids, at = CompressedCache(self.model, subject, None), self.documents, self.prefill
+        self.model(input_ids=ids[:, :at], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        made, fmt = [], subject.format
+        exact = fmt.pinned + fmt.residual if fmt else 0
+        while at < ids.shape[1] - 1:
+            step = 1 if stepwise else PAGE - (at - exact) % PAGE
+            x = ids[:, at : min(at + step, ids.shape[1] - 1)]
+            at += x.shape[1]
+            made.append(self.model(input_ids=x, past_key_values=cache, use_cache=True).logits)
+            if not stepwise:
+                self._check(cache, (at - exact) // PAGE * PAGE, subject)
+        return torch.cat(made, dim=1), cache
+
+    def _check(self, cache: CompressedCache, sealed: int, subject: Recipe) -> None:
+        """Pages are sealed where `read` expects it."""
+        stats, model = cache.stats(), self.facts["model"]
+        found = stats.sealed / (model["layers"] * model["kv_heads"] * len(self.documents))
+        if found != sealed:
+            raise RuntimeError(
+                f"'{subject}' has sealed {found:g} tokens of each head, not {sealed}: figures would "
+                "differ from those of tokens that come one by one"
+            )
 
     def key(self, recipe: str) -> str:
         """Hash of everything that determines a line."""
@@ -155,8 +203,7 @@ class Bench:
         """Figures of one recipe; lists are per document or task."""
         subject = Recipe.parse(recipe)
         disjoint.check(subject, TEXT, [*self.documents, *(task.context for task in self.tasks)])
-        cache = CompressedCache(self.model, subject, None)
-        logits = self._read(cache, 1)
+        logits, cache = self.read(subject)
         row: dict[str, Any] = {"nll": [], "dense_nll": [], "kl": [], "top1": []}
         for dense, own, ids in zip(self.dense, logits, self.documents, strict=True):
             scores = Scores()
@@ -203,22 +250,23 @@ def measure_all(bench: Bench, recipes: list[str], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=1217, help="of each, the last is predicted only")  # fmt: skip
+    parser.add_argument("--documents", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=1537, help="of each")
     parser.add_argument("--prefill", type=int, default=1024)
-    parser.add_argument("--needles", type=int, default=12)
+    parser.add_argument("--needles", type=int, default=8)
     parser.add_argument("--needle-tokens", type=int, default=768)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    models = {"formats-loud-keys": loud_copy(COPY), "formats": compare.TESTBED}
+    plain, loud = RESULTS / "formats", RESULTS / "formats-loud-keys"
     with torch.inference_mode():
-        benches = {RESULTS / name: Bench(model, given) for name, model in models.items()}
+        benches = {loud: Bench(loud_copy(COPY), given), plain: Bench(compare.TESTBED, given)}
+    files = {plain: calibrations(plain)}
+    files[loud] = [louder(path, benches[loud].model, COPY) for path in files[plain]]
     for family in (UNIFORM, PUBLISHED, STREAMING, None):
         for folder, bench in benches.items():
             folder.mkdir(parents=True, exist_ok=True)
-            name = bench.facts["model"]["name"]
-            recipes = family or UNCALIBRATED + calibrations(name, folder)
+            recipes = family or UNCALIBRATED + [kvquant(path) for path in files[folder]]
             with torch.inference_mode():
                 measure_all(bench, recipes, folder)
 
