@@ -37,7 +37,7 @@ class MassFold(SurvivorMerger):
 
     Measured on the testbed model (docs/results/merging.md; 25 % of 3,072 tokens, 5 documents), KL to the
     full cache by score less that by count: -0.40 [-0.64, -0.19] nats after snapkv, -0.066 [-0.117,
-    -0.034] after h2o. By count it was worse than dropping after both.
+    -0.034] after h2o. By count it was worse than dropping, after h2o beyond the interval in loss alone.
 
     Deviations: published for one compression after the prompt with one loser at a time; here masses
     carry over from one compression to the next. Sinks take nothing in, as published. Losers whose
