@@ -18,6 +18,7 @@ from _common import append_rows, benchmark_model, interleaved, paired_ratio, pro
 from transformers import DynamicCache
 
 from kvloom import CompressedCache
+from kvloom.core.recipe import Recipe
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -35,7 +36,9 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     budgets: dict[str, str | None] = {"none": None}
     calls = {"DynamicCache": lambda: run(stock, DynamicCache(config=stock.config))}
     for recipe in given.recipes:
-        budgets.setdefault(recipe, recipe.partition("@")[2].strip() or given.budget)
+        name, _, own = recipe.partition("@")
+        default = given.budget if Recipe.parse(name).evicts else None
+        budgets.setdefault(recipe, own.strip() or default)
     for recipe, budget in budgets.items():
         name = recipe.partition("@")[0].strip()
         calls[recipe] = lambda name=name, budget=budget: run(

@@ -124,7 +124,7 @@ def test_softcap_and_long_logits(recipe):
 
 
 def test_masses_weigh_entries():
-    chain = "knorm | mass_fold | int8"
+    chain = "knorm | mass_fold(weight='count') | int8"
     store = stores.filled(chain, n=600, budget="300tok")
     assert any("mass" in slab.meta and slab.meta["mass"].any() for slab in store.pool.slabs)
     call = stores.call_of(store)

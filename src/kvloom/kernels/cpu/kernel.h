@@ -257,40 +257,38 @@ static void widen(const char* p, Dtype dtype, int64_t token, int n, int width, f
   }
 }
 
-// n numbers ahead, fetched
-static inline void fetch_rows(const char* p, int64_t step, int n, int64_t bytes) {
-  for (int t = 0; t < n; t++)
-    for (int64_t b = 0; b < bytes; b += 64) Isa::fetch(p + t * step + b);
-}
-
 static inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
 
-struct Rows {
-  const float* x;
-  int64_t ld;
-};
-
-// n entries (at most a tile) as fp32 rows, where they lie if they can be read there.
-static Rows rows_at(Work& w, const Dense& dense, int64_t element, int n, int ahead) {
-  const int64_t size = size_of(dense.dtype);
-  const char* p = static_cast<const char*>(dense.data) + element * size;
-  (void)ahead;
-  if (dense.dtype == F32 && dense.width % 16 == 0) return {reinterpret_cast<const float*>(p), dense.token};
-  widen(p, dense.dtype, dense.token, n, dense.width, w.tile);
-  return {w.tile, padded(dense.width)};
+// `f(rows, ld)` with n entries (at most a tile) where they lie, or as fp32 rows if their width is odd.
+template <class Fn>
+static inline void with_rows(Work& w, const Dense& dense, int64_t element, int n, Fn f) {
+  const char* p = static_cast<const char*>(dense.data) + element * size_of(dense.dtype);
+  if (dense.width % 16) {
+    widen(p, dense.dtype, dense.token, n, dense.width, w.tile);
+    return f.template operator()<Single>(w.tile, int64_t(padded(dense.width)));
+  }
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
+  if (dense.dtype == F32)
+    f.template operator()<Single>(reinterpret_cast<const float*>(p), dense.token);
+  else if (dense.dtype == F16)
+    f.template operator()<Half>(halves, dense.token);
+  else
+    f.template operator()<Brain>(halves, dense.token);
 }
 
-static void dense_keys(Work& w, const Dense& keys, int64_t element, int n, int ahead, float* out) {
-  const Rows rows = rows_at(w, keys, element, n, ahead);
-  by_rows(w.R, [&]<int H>(int r) {
-    dot_rows<H>(rows.x, rows.ld, n, w.D, w.query + r * w.wide, w.wide, out + r * BLOCK, BLOCK);
+static void dense_keys(Work& w, const Dense& keys, int64_t element, int n, float* out) {
+  with_rows(w, keys, element, n, [&]<class X>(const typename X::T* x, int64_t ld) {
+    by_rows(w.R, [&]<int H>(int r) {
+      dot_rows<H, X>(x, ld, n, w.D, w.query + r * w.wide, w.wide, out + r * BLOCK, BLOCK);
+    });
   });
 }
 
-static void dense_values(Work& w, const Dense& values, int64_t element, int n, int ahead, const float* weights) {
-  const Rows rows = rows_at(w, values, element, n, ahead);
-  by_rows(w.R, [&]<int H>(int r) {
-    fma_rows<H>(rows.x, rows.ld, n, w.E, weights + r * BLOCK, BLOCK, w.acc + int64_t(r) * w.E, w.E, true);
+static void dense_values(Work& w, const Dense& values, int64_t element, int n, const float* weights) {
+  with_rows(w, values, element, n, [&]<class X>(const typename X::T* x, int64_t ld) {
+    by_rows(w.R, [&]<int H>(int r) {
+      fma_rows<H, X>(x, ld, n, w.E, weights + r * BLOCK, BLOCK, w.acc + int64_t(r) * w.E, w.E, true);
+    });
   });
 }
 
@@ -651,7 +649,7 @@ static void block_logits(Work& w, const Place* places, int n, int64_t cell, Fold
     if (spelled_out(w.layer, *at.slab)) {
       exact_key_tile(w, at, cell, folded, out);
     } else if (at.slab->dense_keys.data) {
-      dense_keys(w, at.slab->dense_keys, element_of(at.slab->dense_keys, at.tile), TILE, TILE, out);
+      dense_keys(w, at.slab->dense_keys, element_of(at.slab->dense_keys, at.tile), TILE, out);
     } else {
       const Packed& keys = at.slab->keys;
       const uint8_t* next = keys.codes + (i + 1 < n && places[i + 1].slab == at.slab ? places[i + 1].tile : at.tile) * keys.tile_bytes;
@@ -669,7 +667,7 @@ static void block_values(Work& w, const Place* places, int n) {
     const float* weights = w.weights + i * TILE;
     const int64_t tile = places[i].tile;
     if (slab.dense_values.data) {
-      dense_values(w, slab.dense_values, element_of(slab.dense_values, tile), TILE, TILE, weights);
+      dense_values(w, slab.dense_values, element_of(slab.dense_values, tile), TILE, weights);
     } else if (!integers(w.layer, slab.values) || replaces(slab.values)) {
       level_values(w, slab.values, tile, weights);
     } else {
@@ -727,8 +725,7 @@ static void over_run(Work& w, const Task& task) {
     const int n = int(task.to - from < BLOCK ? task.to - from : BLOCK);
     for (int t = 0; t < n; t += TILE) {
       const int some = least(TILE, n - t);
-      const int ahead = task.to - from - t - some >= TILE ? TILE : 0;
-      dense_keys(w, run.keys, at(run.keys, from + t), some, ahead, w.logits + t);
+      dense_keys(w, run.keys, at(run.keys, from + t), some, w.logits + t);
     }
     for (int r = 0; r < w.R; r++) {
       float* x = w.logits + r * BLOCK;
@@ -741,8 +738,7 @@ static void over_run(Work& w, const Task& task) {
     soften(w, n);
     for (int t = 0; t < n; t += TILE) {
       const int some = least(TILE, n - t);
-      const int ahead = task.to - from - t - some >= TILE ? TILE : 0;
-      dense_values(w, run.values, at(run.values, from + t), some, ahead, w.weights + t);
+      dense_values(w, run.values, at(run.values, from + t), some, w.weights + t);
     }
   }
 }

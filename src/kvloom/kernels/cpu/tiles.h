@@ -35,16 +35,30 @@ static void channels(const uint16_t* p, const Packed& part, float* out) {
 
 // ---- products of fp32 numbers ---------------------------------------------------------------------
 
+// How numbers lie in memory.
+struct Single {
+  using T = float;
+  static inline __attribute__((always_inline)) F load(const T* p) { return Isa::load(p); }
+};
+struct Half {
+  using T = uint16_t;
+  static inline __attribute__((always_inline)) F load(const T* p) { return Isa::half(p); }
+};
+struct Brain {
+  using T = uint16_t;
+  static inline __attribute__((always_inline)) F load(const T* p) { return Isa::brain(p); }
+};
+
 // out[h][lane] (+)= sum_i w[h][i] * x[i][lane]
-template <int H, int N>
-static inline void fma_lanes(const float* x, int64_t ld, int n, const float* w, int64_t ws, float* out,
-                             int64_t os, bool add) {
+template <class X, int H, int N>
+static inline void fma_lanes(const typename X::T* x, int64_t ld, int n, const float* w, int64_t ws,
+                             float* out, int64_t os, bool add) {
   F sum[H][N];
   for (int h = 0; h < H; h++)
     for (int v = 0; v < N; v++) sum[h][v] = add ? Isa::load(out + h * os + v * W) : Isa::zero();
   for (int i = 0; i < n; i++) {
     F row[N];
-    for (int v = 0; v < N; v++) row[v] = Isa::load(x + i * ld + v * W);
+    for (int v = 0; v < N; v++) row[v] = X::load(x + i * ld + v * W);
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++) {
       const F q = Isa::set(w[h * ws + i]);
@@ -55,24 +69,24 @@ static inline void fma_lanes(const float* x, int64_t ld, int n, const float* w, 
     for (int v = 0; v < N; v++) Isa::store(out + h * os + v * W, sum[h][v]);
 }
 
-template <int H>
-static void fma_rows(const float* x, int64_t ld, int n, int lanes, const float* w, int64_t ws,
+template <int H, class X = Single>
+static void fma_rows(const typename X::T* x, int64_t ld, int n, int lanes, const float* w, int64_t ws,
                      float* out, int64_t os, bool add) {
   int c = 0;
-  for (; c + 2 * W <= lanes; c += 2 * W) fma_lanes<H, 2>(x + c, ld, n, w, ws, out + c, os, add);
-  for (; c + W <= lanes; c += W) fma_lanes<H, 1>(x + c, ld, n, w, ws, out + c, os, add);
+  for (; c + 2 * W <= lanes; c += 2 * W) fma_lanes<X, H, 2>(x + c, ld, n, w, ws, out + c, os, add);
+  for (; c + W <= lanes; c += W) fma_lanes<X, H, 1>(x + c, ld, n, w, ws, out + c, os, add);
 }
 
 // out[h][i] = sum_c w[h][c] * x[i][c], c < width, a multiple of W
-template <int H, int N>
-static inline void dot_lanes(const float* x, int64_t ld, int width, const float* w, int64_t ws,
+template <class X, int H, int N>
+static inline void dot_lanes(const typename X::T* x, int64_t ld, int width, const float* w, int64_t ws,
                              float* out, int64_t os) {
   F sum[H][N];
   for (int h = 0; h < H; h++)
     for (int i = 0; i < N; i++) sum[h][i] = Isa::zero();
   for (int c = 0; c < width; c += W) {
     F row[N];
-    for (int i = 0; i < N; i++) row[i] = Isa::load(x + i * ld + c);
+    for (int i = 0; i < N; i++) row[i] = X::load(x + i * ld + c);
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++) {
       const F q = Isa::load(w + h * ws + c);
@@ -83,12 +97,12 @@ static inline void dot_lanes(const float* x, int64_t ld, int width, const float*
     for (int i = 0; i < N; i++) out[h * os + i] = Isa::sum(sum[h][i]);
 }
 
-template <int H>
-static void dot_rows(const float* x, int64_t ld, int n, int width, const float* w, int64_t ws,
+template <int H, class X>
+static void dot_rows(const typename X::T* x, int64_t ld, int n, int width, const float* w, int64_t ws,
                      float* out, int64_t os) {
   int i = 0;
-  for (; i + 2 <= n; i += 2) dot_lanes<H, 2>(x + i * ld, ld, width, w, ws, out + i, os);
-  if (i < n) dot_lanes<H, 1>(x + i * ld, ld, width, w, ws, out + i, os);
+  for (; i + 2 <= n; i += 2) dot_lanes<X, H, 2>(x + i * ld, ld, width, w, ws, out + i, os);
+  if (i < n) dot_lanes<X, H, 1>(x + i * ld, ld, width, w, ws, out + i, os);
 }
 
 // `f.template operator()<H>(first row)` for all rows, four at a time where possible.
@@ -241,20 +255,23 @@ static inline bool replaces(const Packed& part) { return part.sparse.n || part.p
 // x[c * across + t * along]; `keys`: places count through [32][width], else through [width], by token.
 static void replace(const Packed& part, Affine& affine, int64_t tile, bool keys, float* x, int64_t across,
                     int64_t along) {
+  alignas(64) float inverse[MAX_WIDTH];
+  const int shared = part.per_token ? TILE : padded(part.width);
+  for (int i = 0; i < shared; i++)  // a scale is 0 where nothing was ever stored
+    inverse[i] = affine.scale[i] ? 1 / affine.scale[i] : 0;
   const auto put = [&](int c, int t, float number) {
     const int i = part.per_token ? t : c;
-    const float scale = affine.scale[i];  // 0 where nothing was ever stored
-    x[c * across + t * along] = scale ? (number - affine.zero[i]) / scale : 0;
+    x[c * across + t * along] = (number - affine.zero[i]) * inverse[i];
   };
   const Sparse& sparse = part.sparse;
-  const int64_t n = keys ? sparse.n : int64_t(sparse.n) * TILE;
-  for (int64_t i = 0; i < n; i++) {
-    const int at = place(sparse.places, sparse.wide, tile * n + i);
-    const float number = number16(sparse.numbers + tile * n + i, sparse.dtype);
-    if (keys)
-      put(at % part.width, at / part.width, number);
-    else
-      put(at, int(i / sparse.n), number);
+  const int n = keys ? sparse.n : sparse.n * TILE;
+  const int64_t first = tile * n;
+  const float per_row = 1 / float(keys ? part.width : sparse.n);
+  for (int i = 0; i < n; i++) {
+    const int at = place(sparse.places, sparse.wide, first + i);
+    const float number = number16(sparse.numbers + first + i, sparse.dtype);
+    const int t = int((float(keys ? at : i) + 0.5f) * per_row);  // a quotient, without a division
+    put(keys ? at - t * part.width : at, t, number);
   }
   const Plane& plane = part.plane;
   if (!plane.numbers || plane.index[tile] < 0) return;
