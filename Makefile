@@ -11,11 +11,11 @@ READY  := .venv/.ready
 PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 # One thread per worker: the tests are small, and threads of several workers fight for the cores.
-test test-all test-oldest: export OMP_NUM_THREADS = 1
+test test-all test-oldest test-kernels: export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-all test-oldest peers quanto docs lint types format clean
+.PHONY: help demo test test-all test-oldest test-kernels peers quanto docs lint types format clean
 
 help:
 	@echo 'make demo         compares a few recipes on the bundled model (1 to 3 minutes); ends with a figure'
@@ -23,6 +23,7 @@ help:
 	@echo 'make test-all     the full product of families, modes, policies and formats (half an'
 	@echo '                  hour on 2 cores); SHARD=i/n runs part i of n, on as many machines'
 	@echo 'make test-oldest  a part of the tests on the oldest supported transformers'
+	@echo 'make test-kernels the CPU kernels with sanitizers, those for AVX-512 emulated'
 	@echo 'make peers        kvloom beside kvpress: kept entries, bytes, time per token'
 	@echo 'make quanto       kvloom beside transformers'"'"' QuantizedCache (optimum-quanto)'
 	@echo 'make docs         docs/methods.md from the docstrings, tables and figures from their rows'
@@ -37,6 +38,23 @@ test: $(READY)
 
 test-all: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m "full or not full" --shard $(SHARD) $(ARGS)
+
+# Two builds beside the installed one: with sanitizers (which must be loaded before Python, whose own leaks
+# are not ours), and with the AVX-512 kernels emulated, for CPUs that have none.
+TOOLS := build/tools/bin
+test-kernels: $(READY)
+	$(PYTHON) -m venv build/tools && $(TOOLS)/pip install -q cmake ninja nanobind
+	$(call kernels,sanitized,-DKVLOOM_SANITIZE=ON)
+	$(call kernels,emulated,-DKVLOOM_EMULATED=ON)
+	@ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  KVLOOM_TEST_MODULE=$$(ls $(CURDIR)/build/sanitized/_cpu*.so) $(BIN)/python $(KERNEL_TESTS)
+	@KVLOOM_TEST_MODULE=$$(ls $(CURDIR)/build/emulated/_cpu*.so) $(BIN)/python $(KERNEL_TESTS)
+
+KERNEL_TESTS = -m pytest tests/kernels/test_cpu.py -k "not without_the_module" $(ARGS)
+kernels = PATH="$(CURDIR)/$(TOOLS):$$PATH" && export PATH && \
+	  cmake -G Ninja -S . -B build/$(1) $(2) -DPython_EXECUTABLE=$(CURDIR)/$(TOOLS)/python && \
+	  cmake --build build/$(1)
 
 peers: $(READY) .venv-peers/.ready
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/peers/run.py --python .venv-peers/bin/python $(ARGS)

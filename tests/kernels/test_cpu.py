@@ -15,7 +15,7 @@ from kvloom import CompressedCache
 from kvloom.core.attend import attention_mass, partials
 from kvloom.core.format import PAGE
 from kvloom.core.native import why_not
-from kvloom.kernels import cpu_backend, ops
+from kvloom.kernels import cpu_backend, library, ops
 from tests.kernels import stores
 
 pytestmark = pytest.mark.skipif(
@@ -258,3 +258,26 @@ def test_long_queries_read_a_decoded_workspace(recipe, evict):
     assert why_not(store, call)
     got = ops.combine(partials(store, call, None))
     assert_close(got, stores.exact(store, call), 5e-6)
+
+
+def test_the_operator_is_visible_to_compilers():
+    store = stores.filled("int4")
+    call = stores.call_of(store)
+    want = stores.native(store, call)
+    layer = library.name(store.native.handle)
+    arguments = (call.query, layer, store.plan.value_dim)
+    torch.library.opcheck(library.paged_attention, arguments)
+    held = store.tail.keys, store.tail.values  # whose addresses the last call gave
+    compiled = torch.compile(
+        lambda q: torch.ops.kvloom.paged_attention(q * 1.0, layer, 64),
+        backend="eager",
+        fullgraph=True,
+    )
+    for got, w in zip(compiled(call.query), want, strict=True):
+        assert torch.equal(got, w)
+    assert all(len(x) for x in held)
+
+
+def test_the_operator_knows_when_a_layer_is_gone():
+    with pytest.raises(ValueError, match=r"layer 77 is not, or no longer"):
+        torch.ops.kvloom.paged_attention(torch.zeros(1, 1, 1, 1, 8), 77, 8)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import PAGE
-from kvloom.kernels import cpu_backend, ops
+from kvloom.kernels import cpu_backend, library, ops
 from kvloom.kernels.packed import Parts
 
 if TYPE_CHECKING:
@@ -37,23 +37,19 @@ class Native:
 
     def attend(self, store: LayerStore, call: Call) -> Partial:
         """`(out, lse)` of pages, tail and, unless they are read with other queries, sinks."""
-        query = call.query.float().contiguous()
-        B, H, G, Q, _ = query.shape
+        B, H, G, Q, _ = call.query.shape
         self._tell(store, G)
-        out = torch.empty(B, H, G, Q, store.plan.value_dim)
-        lse = torch.empty(B, H, G, Q)
-        self.raw, stride = None, 0
+        self.raw = None
         if store.plan.observes and store.pool.slabs:
-            stride = sum(slab.pages for slab in store.pool.slabs) * PAGE
-            self.raw = torch.full((B, H, G * Q, stride), UNSEEN)
+            slots = sum(slab.pages for slab in store.pool.slabs) * PAGE
+            self.raw = torch.full((B, H, G * Q, slots), UNSEEN)
         held = self._runs(store)
-        handle = self.handle
-        handle.scale = call.scale
-        handle.softcap = call.softcap or 0.0
-        handle.attend(
-            query.data_ptr(), Q, 0, out.data_ptr(), lse.data_ptr(),
-            0 if self.raw is None else self.raw.data_ptr(), stride, torch.get_num_threads(),
-        )  # fmt: skip
+        self.handle.scale, self.handle.softcap = call.scale, call.softcap or 0.0
+        if torch.compiler.is_compiling() and self.raw is None:
+            layer = library.name(self.handle)
+            out, lse = library.paged_attention(call.query, layer, store.plan.value_dim)
+        else:
+            out, lse = cpu_backend.attend(self.handle, call.query, store.plan.value_dim, self.raw)
         del held
         return out, lse
 

@@ -182,3 +182,20 @@ class Fields:
         if scale is not None:
             made.scale = address(scale, torch.float16)
         return made
+
+
+def attend(
+    handle: Any, query: Tensor, value_dim: int, raw: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries `[B, H, G, Q, D]` over all that a layer was told of: `out [B, H, G, Q, E]` and
+    `lse [B, H, G, Q]`, fp32. `raw [B, H, G * Q, slots]` takes the logits of pages, times log2(e).
+    """
+    query = query.float().contiguous()
+    shape = query.shape[:-1]
+    out, lse = torch.empty(*shape, value_dim), torch.empty(shape)
+    where, stride = (0, 0) if raw is None else (raw.data_ptr(), raw.shape[3])
+    handle.attend(
+        query.data_ptr(), shape[3], 0, out.data_ptr(), lse.data_ptr(), where, stride,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse

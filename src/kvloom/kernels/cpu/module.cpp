@@ -108,7 +108,7 @@ NB_MODULE(_cpu, m) {
   address(run, "count", &Run::count);
   address(run, "bias", &Run::bias);
 
-  nb::class_<Handle>(m, "Handle")
+  nb::class_<Handle>(m, "Handle", nb::is_weak_referenceable())
       .def(nb::init<int, int, int, int, int, const std::string&>())
       .def_rw("slabs", &Handle::slabs)
       .def_rw("runs", &Handle::runs)
