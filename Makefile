@@ -71,6 +71,7 @@ docs: $(READY)
 	$(BIN)/python docs/make_demo.py
 	$(BIN)/python docs/make_formats.py
 	$(BIN)/python docs/make_merging.py
+	$(BIN)/python docs/make_kernels.py
 	$(BIN)/python docs/make_analyze.py
 
 lint: $(READY)

@@ -1,0 +1,36 @@
+"""The tables of docs/kernels.md are what their script makes of the committed rows."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_kernels", DOCS / "make_kernels.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_made_from_the_rows(script: ModuleType) -> None:
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page.count(script.START) == page.count(script.END) == 1
+    made = script.filled(page, script.rows("cpu_attention"), script.rows("decode"))
+    assert page == made, "run `make docs` and commit docs/kernels.md"
+
+
+def test_a_newer_row_replaces_the_older(script: ModuleType) -> None:
+    steps, generated = script.rows("cpu_attention"), script.rows("decode")
+    page = script.PAGE.read_text(encoding="utf-8")
+    other = {**steps[-1], "ms": "12345.678"}
+    made = script.filled(page, [*steps, other], generated)
+    assert made.count("12345.68") == 1
+    assert made.count("\n") == page.count("\n")
