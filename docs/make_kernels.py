@@ -42,9 +42,10 @@ def setting(measured: list[Row]) -> str:
 
 
 def step_line(row: Row) -> str:
+    rows_of = "" if row["batch"] == "1" else f"{row['batch']} rows x "
     cells = [
         row["dtype"],
-        f"{int(row['tokens']):,} x {row['width']}",
+        f"{rows_of}{int(row['tokens']):,} x {row['width']}",
         f"`{row['recipe']}`",
         f"{int(row['bytes']) / 1e6:.1f}",
         f"{float(row['ms']):.2f}",
