@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
+from kvloom.policies.merge._counts import UNIT
+from kvloom.policies.merge._nearest import nearest_open
 from kvloom.policies.merge.nearest import Nearest
+from kvloom.positions.rope import RopeSpec
 from tests.policies.groups import (
     Cell,
     cells,
@@ -104,3 +108,21 @@ def test_in_caches(monkeypatch, scorer, fmt, keys):
 def test_bad_parameters_are_restated(bad):
     with pytest.raises(ValueError, match=r"nearest\(keys=.*: keys is True or False"):
         Nearest(keys=bad)
+
+
+def test_a_run_of_one_token_goes_to_the_older_side_whatever_rounding_says():
+    """A key is exactly as like itself one place before as one after, but not to the last bit of fp32."""
+    frequency = 10000.0 ** -(torch.arange(8) / 8)
+    token = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+    at = torch.arange(20, 23).expand(256, 3)
+    keys = RopeSpec(frequency, 16).rotate(token[:, None].expand(-1, 3, -1), at)
+    unit = normalize(keys, dim=-1)
+    before, after = ((unit[:, 1] * unit[:, i]).sum(-1) for i in (0, 2))
+    assert (after > before).any() and (after < before).any()
+
+    radius = token.double().unflatten(-1, (2, 8)).square().sum(1)
+    exact = UNIT * (radius * frequency.double().cos()).sum(-1) / radius.sum(-1)
+    clear = (exact - exact.round()).abs() < 0.4  # not where noise rounds to another multiple
+    lost = torch.tensor([False, True, False]).expand(1, 256, 3)
+    _, index = nearest_open(keys[None], lost, ~lost, ~lost)
+    assert clear.sum() > 128 and (index[0, clear, 1] == 0).all()

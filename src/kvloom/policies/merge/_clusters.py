@@ -19,15 +19,12 @@ from torch.nn.functional import pad
 
 from kvloom.core.block import Block, take_slots
 from kvloom.core.merge import Losers, Memory
-from kvloom.policies.merge._counts import counts_of
+from kvloom.policies.merge._counts import UNIT, counts_of
 
 if TYPE_CHECKING:
     from kvloom.policies.merge.mp_kvm import MPKVM
 
 HISTORY = 64  # batches whose similarities an adaptive threshold looks at
-# Similarities are whole multiples of 1 / UNIT: a token has nearly the same key wherever it occurs, and of
-# several pairs that are equally close but for rounding, the same should merge in any batch.
-UNIT = 2.0**16
 _NONE = float("-inf")
 
 

@@ -1,9 +1,15 @@
-"""Numbers that must not drift: token counts from log masses, and sums in the finest dtype of a device."""
+"""Numbers that must not drift: token counts from log masses, similarities that are compared, and sums in
+the finest dtype of a device.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# Similarities are whole multiples of 1 / UNIT: a token has nearly the same key wherever it occurs, and of
+# several pairs that are equally close but for rounding, the same should merge in any batch.
+UNIT = 2.0**16
 
 
 def counts_of(mass: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kvloom.policies.merge._counts import UNIT
+
 _BLOCK_ELEMENTS = 1 << 24  # similarities held at once: 64 MiB in fp32
 
 
@@ -17,6 +19,10 @@ def nearest_open(keys: Tensor, lost: Tensor, kept: Tensor, open_: Tensor) -> tup
     entry is not lost, if nothing is kept, or if the most similar one is not open: it is sealed, and to
     send the entry to the best of the few that are open instead would put far more into those than
     resembles them.
+
+    Equal are cosines that round to the same multiple of 1 / UNIT: in a run of one token, a key is as like
+    its copy one place before as the one after, since rotation only knows distances, and the last bits
+    of fp32, which differ from batch to batch, must not choose between them.
     """
     unit = normalize(keys.float(), dim=-1)
     B, H, S, _ = unit.shape
@@ -26,8 +32,10 @@ def nearest_open(keys: Tensor, lost: Tensor, kept: Tensor, open_: Tensor) -> tup
     columns = lost.any(0).any(0).nonzero().flatten()  # decoding loses few of many
     for part in columns.split(step):
         cosine = unit[:, :, part] @ unit.transpose(2, 3)
-        cosine = cosine.masked_fill(~kept[:, :, None], float("-inf"))
-        best[:, :, part], index[:, :, part] = cosine.max(-1)
+        cosine = cosine.masked_fill_(~kept[:, :, None], float("-inf"))
+        first = (cosine * UNIT).round_().max(-1).indices
+        best[:, :, part] = cosine.gather(3, first[..., None])[..., 0]
+        index[:, :, part] = first
     return best.masked_fill(~(lost & open_.gather(2, index)), float("-inf")), index
 
 
