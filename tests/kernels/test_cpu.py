@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -281,3 +283,12 @@ def test_the_operator_is_visible_to_compilers():
 def test_the_operator_knows_when_a_layer_is_gone():
     with pytest.raises(ValueError, match=r"layer 77 is not, or no longer"):
         torch.ops.kvloom.paged_attention(torch.zeros(1, 1, 1, 1, 8), 77, 8)
+
+
+def test_what_was_freed_is_not_kept_alive_by_addresses():
+    store = stores.filled("int4", n=400)
+    stores.native(store, stores.call_of(store))
+    freed = [weakref.ref(x) for slab in store.pool.slabs for x in slab.codes()]
+    store.pool.slabs = []
+    gc.collect()
+    assert freed and not any(ref() is not None for ref in freed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from kvloom.core.format import PAGE
 from kvloom.kernels import cpu_backend, library, ops
-from kvloom.kernels.packed import Parts
 
 if TYPE_CHECKING:
     from kvloom.core.attend import Call, Partial
@@ -26,9 +26,9 @@ class Native:
 
     def __init__(self) -> None:
         self.handle: Any = None
-        self.held: list[Tensor] = []  # whose addresses the kernels have
+        # whose addresses the kernels have; not kept alive by that: freed memory is free
+        self.known: list[weakref.ref[Tensor]] = []
         self.shape = (0, 0)  # rows, query heads per KV head
-        self.parts: Parts = (None, None)
         self.checked: tuple[str | None, str | None] | None = None  # see `why_unread`
         self.raw: Tensor | None = None  # logits of pages, for `mass`
 
@@ -92,7 +92,7 @@ class Native:
     def _tell(self, store: LayerStore, group: int) -> None:
         shape = len(store.seen), group
         if self.handle is None or self.shape != shape:
-            self.shape, self.held = shape, []
+            self.shape, self.known = shape, []
             self._begin(store)
         self._refresh(store)
 
@@ -111,9 +111,6 @@ class Native:
             key, signs = turned.get("key", (None, None))
             value, value_signs = turned.get("value", (None, None))
             handle.turn(_at(key), _at(signs), _at(value), _at(value_signs))
-        parts = plan.format.packed(plan.key_dim, plan.value_dim)
-        assert parts is not None
-        self.parts = parts
         self.handle = handle
         exact = [store.tail] if store.sinks is None or plan.in_cache else [store.tail, store.sinks]
         runs = []
@@ -148,20 +145,21 @@ class Native:
 
     def _refresh(self, store: LayerStore) -> None:
         held = [x for slab in store.pool.slabs for x in slab.kernel_view()]
-        same = len(held) == len(self.held) and all(
-            a is b for a, b in zip(held, self.held, strict=True)
-        )
-        if same:
+        if len(held) == len(self.known) and all(
+            ref() is x for ref, x in zip(self.known, held, strict=True)
+        ):
             return
         self.handle.slabs = [self._slab(store, slab) for slab in store.pool.slabs]
-        self.held = held
+        self.known = [weakref.ref(x) for x in held]
 
     def _slab(self, store: LayerStore, slab: Slab) -> Any:
         compiled = cpu_backend.module()
         assert compiled is not None
         made = compiled.Slab()
         fields = cpu_backend.Fields(slab.tile, slab.slot, slab.sets, slab.index, store.pool.tables)
-        for name, part in zip(("keys", "values"), self.parts, strict=True):
+        parts = store.plan.format.packed(store.plan.key_dim, store.plan.value_dim)
+        assert parts is not None
+        for name, part in zip(("keys", "values"), parts, strict=True):
             if part is None:
                 setattr(made, f"dense_{name}", cpu_backend.dense(slab.slot[name]))
             else:
