@@ -55,7 +55,7 @@ UNIFORM = [
     "int4(hadamard='both')", "int3", "int3(hadamard='both')", "int2", "int2(hadamard='both')",
 ]  # fmt: skip
 PUBLISHED = [
-    "kivi(bits=4)", "kivi(bits=2)", "turboquant_mse(bits=4)", "turboquant_mse(bits=3)",
+    "kivi(bits=4)", "kivi(bits=4, residual=0)", "kivi(bits=2)", "kivi(bits=2, residual=0)", "turboquant_mse(bits=4)", "turboquant_mse(bits=3)",
     "turboquant_mse(bits=2)",
 ]  # fmt: skip
 STREAMING = [

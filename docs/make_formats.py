@@ -1,24 +1,25 @@
 """Fill the tables of formats with measured rows, and draw their figure: `python docs/make_formats.py`.
 
-The rows are those of `benchmarks/format_quality.py`. In `docs/results/formats.md` and
-`docs/streaming-kvquant.md` everything between two markers is replaced; the words around are ours.
+The rows are the lines that `benchmarks/format_quality.py` writes, a dict each. In
+`docs/results/formats.md` and `docs/streaming-kvquant.md` everything between two markers is replaced; the
+words around are ours.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-
-from kvloom.core.recipe import Recipe
-from kvloom.evaluation.ledger import Ledger
-from kvloom.evaluation.results import Row
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
@@ -29,37 +30,56 @@ MODELS = {
     "formats-loud-keys": "the same function with loud key channels",
 }
 STREAMING = "streaming"  # the marker of a table of these rows of `formats`
+EXPECTED = "expected"  # the marker of the table of `PAIRS`
 BESIDE_STREAMING = ("none", "int4", "int4(keys='channel', values='channel', symmetric=True)")
 FAMILIES = {
-    "uniform": "o", "rotated": "s", "kivi": "^", "turboquant_mse": "D", "kvquant": "v",
+    "integers per token": "o", "keys per channel": "X", "rotated": "s", "kivi": "^", "turboquant_mse": "D", "kvquant": "v",
     "streaming_kvquant": "P",
 }  # fmt: skip
+_CALIBRATED = "kvquant(bits=2, calibrated)"
+PAIRS = (  # recipe, recipe, how much more perplexity the first may have
+    ("int8", "none", 0.001),
+    ("streaming_kvquant", "none", 0.01),
+    ("streaming_kvquant", "streaming_kvquant(mixed_precision=False)", 0.0),
+    ("int4(hadamard='keys')", "kivi(bits=4)", 0.0),
+    ("int4(hadamard='keys')", "kivi(bits=4, residual=0)", 0.0),
+    ("int4(hadamard='keys')", "int4", 0.0),
+    ("turboquant_mse(bits=2)", "kivi", 0.0),
+    ("turboquant_mse(bits=2)", "kivi(residual=0)", 0.0),
+    ("kivi", _CALIBRATED, 0.0),
+    ("turboquant_mse(bits=2)", _CALIBRATED, 0.0),
+    (_CALIBRATED, "kvquant(bits=2, outliers=0.0, calibrated)", 0.0),
+    ("kvquant(bits=2, outliers=0.0, calibrated)", "int2(hadamard='both')", 0.0),
+    ("int2(hadamard='both')", "int2", 0.0),
+)
+NOTHING = "Not measured yet."
+
+Row = dict[str, Any]
 
 
 def rows(folder: str) -> list[Row]:
-    """The last measured row of every recipe under the newest protocol, in the order of measuring; none
-    if nothing was measured.
+    """The last line of every recipe in the newest setting, in the order of measuring; none if nothing
+    was measured.
     """
-    if not (RESULTS / folder).exists():
-        return []
-    held = list(Ledger(RESULTS / folder).rows.values())
-    newest = max(held, key=lambda row: row.measured_at).protocol if held else None
-    return list({row.subject.recipe: row for row in held if row.protocol == newest}.values())
-
-
-def streaming(found: list[Row]) -> list[Row]:
-    """Those of streaming KVQuant, and what its page compares them with."""
-    named = [row.subject.recipe for row in found]
-    return [
-        row
-        for row, name in zip(found, named, strict=True)
-        if name.startswith("streaming_kvquant") or name in BESIDE_STREAMING
-    ]
+    path = RESULTS / folder / "results.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    held = [json.loads(line) for line in text.splitlines()]
+    newest = max(held, key=lambda row: str(row["measured_at"]))["setting"] if held else None
+    return list({name(row): row for row in held if row["setting"] == newest}.values())
 
 
 def name(row: Row) -> str:
     """The recipe, calibration files by their name alone."""
-    return re.sub(r"calibration='[^']*'", "calibrated", row.subject.recipe)
+    return re.sub(r"calibration='[^']*'", "calibrated", row["recipe"])
+
+
+def streaming(found: list[Row]) -> list[Row]:
+    """Those of streaming KVQuant, and what its page compares them with."""
+    return [
+        row
+        for row in found
+        if name(row).startswith("streaming_kvquant") or name(row) in BESIDE_STREAMING
+    ]
 
 
 def page_bits(row: Row) -> tuple[float, float]:
@@ -67,37 +87,44 @@ def page_bits(row: Row) -> tuple[float, float]:
 
     What the cache holds, without its exact entries, which are in the model's dtype.
     """
-    if row.counts.evicted:
-        raise ValueError(f"{row.subject.recipe!r} has evicted: its exact entries are not known")
-    fed = row.text.tokens - 1  # the last token is predicted only
-    sealed = row.counts.sealed / (row.model.layers * row.model.kv_heads)
-    exact = (fed - sealed) * {"float32": 32, "bfloat16": 16, "float16": 16}[row.model.dtype]
-    key, value = ((bits * fed - exact) / sealed for bits in (row.bytes.avg_key_bits, row.bytes.avg_value_bits))  # fmt: skip
+    if row["evicted"]:
+        raise ValueError(f"{row['recipe']!r} has evicted: its exact entries are not known")
+    model, setting = row["model"], row["setting"]
+    fed = setting["tokens"] - 1  # the last token is predicted only
+    sealed = row["sealed"] / (model["layers"] * model["kv_heads"] * setting["documents"])
+    exact = (fed - sealed) * {"float32": 32, "bfloat16": 16, "float16": 16}[model["dtype"]]
+    key, value = ((row[bits] * fed - exact) / sealed for bits in ("avg_key_bits", "avg_value_bits"))
     return key, value
 
 
-def noise(row: Row) -> float:
-    """Standard deviation of the relative change of perplexity, estimated: sqrt(2 KL / n).
+def mean(values: list[float]) -> tuple[float, float]:
+    """Mean over documents, and its standard error."""
+    return fmean(values), stdev(values) / math.sqrt(len(values))
 
-    The log ratio of two near distributions has mean KL and variance 2 KL under the first of them.
-    """
-    estimate: float = (2 * (row.quality.kl or 0) / row.quality.decode_scored) ** 0.5
-    return estimate
+
+def losses(row: Row, base: Row | None = None) -> tuple[float, float]:
+    """Nats per token above the full cache, or above another row, over the documents."""
+    return mean([a - b for a, b in zip(row["nll"], base["nll"] if base else row["dense_nll"], strict=True)])  # fmt: skip
+
+
+def change(loss: tuple[float, float]) -> str:
+    """A difference of losses as one of perplexities."""
+    return f"{math.expm1(loss[0]):+.2%} ± {loss[1]:.2%}"
 
 
 def said(found: list[Row]) -> str:
-    """The protocol in a sentence."""
-    p, text = found[0].protocol, found[0].text
+    """The setting in a sentence."""
+    s, text = found[0]["setting"], found[0]["text"]
     return (
-        f"{p.tokens:,} tokens of `{text.name}`, {p.prefill:,} of them at once, "
-        f"{found[0].quality.decode_scored:,} decoded and scored; {p.needles} needles of {p.needle_tokens} tokens."
+        f"{s['documents']} modules of `{text['name']}`, {s['prefill']:,} tokens of each at once, then "
+        f"{found[0]['decoded']} one by one; {s['needles']} needles of {s['needle_tokens']} tokens."
     )
 
 
 def table(found: list[Row]) -> str:
     """Markdown."""
     if not found:
-        return "Not measured yet."
+        return NOTHING
     lines = [
         said(found),
         "",
@@ -106,20 +133,50 @@ def table(found: list[Row]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in found:
-        q, b = row.quality, row.bytes
         key, value = page_bits(row)
+        kl, error = mean(row["kl"])
         lines.append(
-            f"| `{name(row)}` | {key:.2f} / {value:.2f} | {b.avg_key_bits:.2f} / "
-            f"{b.avg_value_bits:.2f} | {b.dense / b.final:.2f} | {q.change or 0:+.2%} ± {noise(row):.2%} | "
-            f"{q.kl or 0:.5f} | {q.top1 or 0:.1%} | {q.needles_right}/{q.needles} |"
+            f"| `{name(row)}` | {key:.2f} / {value:.2f} | {row['avg_key_bits']:.2f} / "
+            f"{row['avg_value_bits']:.2f} | {row['dense_nbytes'] / row['nbytes']:.2f} | {change(losses(row))} | "
+            f"{max(kl, 0):.5f} ± {error:.5f} | {fmean(row['top1']):.1%} | {sum(row['right'])}/{len(row['right'])} |"
         )
     return "\n".join(lines)
 
 
+def expected(found: list[Row]) -> str:
+    """What was expected, measured on the same documents. Markdown."""
+    by_name = {name(row): row for row in found}
+    lines = [
+        "| expected | bits of pages | perplexity, first against second | holds | KL, first minus second | holds |",
+        "| --- | ---: | ---: | --- | ---: | --- |",
+    ]
+    for first, second, limit in PAIRS:
+        if first not in by_name or second not in by_name:
+            continue
+        a, b = by_name[first], by_name[second]
+        bits = " and ".join(f"{fmean(page_bits(row)):.2f}" for row in (a, b) if row["sealed"])
+        loss, kl = losses(a, b), mean([x - y for x, y in zip(a["kl"], b["kl"], strict=True)])
+        against = f"within {limit:+.1%} of" if limit else "no worse than"
+        within = _verdict(math.expm1(loss[0]) - limit, loss[1])
+        by_kl = ("", "") if limit else (f"{kl[0]:+.5f} ± {kl[1]:.5f}", _verdict(*kl))
+        lines.append(
+            f"| `{first}` {against} `{second}` | {bits} | {change(loss)} | {within} | {by_kl[0]} | {by_kl[1]} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else NOTHING
+
+
+def _verdict(above: float, error: float) -> str:
+    """Whether a difference is at most zero, at two standard errors."""
+    return "open" if abs(above) < 2 * error else "no" if above > 0 else "yes"
+
+
 def family(row: Row) -> str:
-    text = row.subject.recipe
-    known = [f for f in FAMILIES if text.startswith(f)]
-    return known[0] if known else "rotated" if "hadamard" in text else "uniform"
+    known = [f for f in FAMILIES if row["recipe"].startswith(f)]
+    if known:
+        return known[0]
+    if "hadamard" in row["recipe"]:
+        return "rotated"
+    return "keys per channel" if "keys='channel'" in row["recipe"] else "integers per token"
 
 
 def draw(path: Path) -> None:
@@ -131,7 +188,7 @@ def draw(path: Path) -> None:
     )
     axes = grid[0]
     for ax, (title, found) in zip(axes, measured.items(), strict=True):
-        _panel(ax, [row for row in found if Recipe.parse(row.subject.recipe).format], title)
+        _panel(ax, [row for row in found if row["sealed"] and row["recipe"] != "none"], title)
     axes[0].set_ylabel("KL to the full cache (nats, log)")
     axes[-1].legend(fontsize=8)
     figure.savefig(path, dpi=130)
@@ -141,8 +198,9 @@ def draw(path: Path) -> None:
 def _panel(ax: Axes, found: list[Row], title: str) -> None:
     for kind, marker in FAMILIES.items():
         mine = [row for row in found if family(row) == kind]
-        bits = [sum(page_bits(row)) / 2 for row in mine]
-        ax.plot(bits, [row.quality.kl for row in mine], marker, label=kind, alpha=0.8)
+        kl, error = zip(*(mean(row["kl"]) for row in mine), strict=True) if mine else ([], [])
+        bits = [fmean(page_bits(row)) for row in mine]
+        ax.errorbar(bits, kl, error, fmt=marker, label=kind, alpha=0.8, elinewidth=0.8)
     ax.set_yscale("log")
     ax.set_xlabel("effective bits per element of sealed pages (mean of keys and values)")
     ax.set_title(title, fontsize=10)
@@ -151,14 +209,15 @@ def _panel(ax: Axes, found: list[Row], title: str) -> None:
 
 def fill(text: str) -> str:
     """A page with its tables made anew."""
-    made = {folder: rows(folder) for folder in MODELS}
-    made[STREAMING] = streaming(made["formats"])
-    for marker, found in made.items():
+    made = {folder: table(rows(folder)) for folder in MODELS}
+    made[STREAMING] = table(streaming(rows("formats")))
+    made |= {f"{EXPECTED} {folder}": expected(rows(folder)) for folder in MODELS}
+    for marker, block in made.items():
         start, end = f"<!-- rows of {marker} -->", f"<!-- end of {marker} -->"
         if start in text:
             before, rest = text.split(start)
             _, after = rest.split(end)
-            text = f"{before}{start}\n\n{table(found)}\n\n{end}{after}"
+            text = f"{before}{start}\n\n{block}\n\n{end}{after}"
     return text
 
 
