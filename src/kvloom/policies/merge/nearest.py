@@ -35,6 +35,7 @@ class Nearest(SurvivorMerger):
     Deviations: KVMerger merges runs of neighbours before anything is evicted, weighted by a Gaussian
     kernel around a pivot; here it is always the losers of the recipe's scorer, wherever they are,
     and every token weighs the same. Losers whose most similar survivor is sealed are dropped.
+    Of survivors whose cosines differ by less than 1 in 65,536 the oldest is the most similar.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
