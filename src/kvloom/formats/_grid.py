@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import Field, Part
+from kvloom.kernels import cpu_backend, ops
 from kvloom.kernels.layout import (
     TILE,
     Codes,
@@ -81,6 +82,12 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-LIMIT, LIMIT).half() if dtype == torch.float16 else x.to(dtype)
 
 
+def _kernels(x: Tensor) -> bool:
+    """Whether the C++ kernels encode these pages."""
+    known = x.device.type == "cpu" and x.dtype in cpu_backend.DTYPES
+    return known and x.shape[2] <= cpu_backend.WIDEST and ops.cpu_refusal() is None
+
+
 @dataclass(frozen=True)
 class Grid:
     """How keys, or values, lie on uniform grids.
@@ -133,11 +140,32 @@ class Grid:
 
     def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Pages `[N, 64, W]` as `(tile, sets)`: `[N, 2, ...]`, and `[N, W]` per field."""
+        packed, parameters = self._by_kernels(x) if _kernels(x) else self._by_torch(x)
+        named = dict(zip(self.names, parameters, strict=True))
+        tile = {f"{self.part}_codes": packed}
+        return (tile | named, {}) if self._in_tile else (tile, named)
+
+    def _by_torch(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Packed codes and parameters; the definition."""
         pack = pack_keys if self.part == "key" else pack_values
         codes, parameters = self._per_channel(x) if self.per == "channel" else self._per_token(x)
-        named = dict(zip(self.names, parameters, strict=True))
-        tile = {f"{self.part}_codes": pack(codes.unflatten(1, (-1, TILE)), self.bits)}
-        return (tile | named, {}) if self._in_tile else (tile, named)
+        return pack(codes.unflatten(1, (-1, TILE)), self.bits), parameters
+
+    def _by_kernels(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The same, bit by bit."""
+        N, _, width = x.shape
+        codes = x.new_empty(N, 2, tile_nbytes(width, self.bits), dtype=torch.uint8)
+        shape: tuple[int, ...] = (N, width)
+        if self.per == "token":
+            shape = (N, 2, -(-width // self._channels(width)), TILE)
+        elif self._in_tile:
+            shape = (N, 2, width)
+        parameters = [x.new_empty(shape, dtype=torch.float16) for _ in self.names]
+        group = self.group if self.per == "channel" else self._channels(width)
+        cpu_backend.encode(
+            x, codes, parameters, self.bits, self.part == "key", self.per == "token", group
+        )
+        return codes, parameters
 
     def _per_channel(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Codes `[N, 64, W]` and parameters, `[N, 2, W]` if they are of tiles, else `[N, W]`."""

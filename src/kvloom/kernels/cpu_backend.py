@@ -199,3 +199,26 @@ def attend(
         torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
+
+
+def encode(
+    x: Tensor,
+    codes: Tensor,
+    parameters: list[Tensor],
+    bits: int,
+    keys: bool,
+    per_token: bool,
+    group: int,
+) -> None:
+    """Lay pages `x [N, 64, W]` on uniform grids: packed `codes` and fp16 `parameters`, a scale and, unless the
+    grid is symmetric, a zero (see `kvloom.formats._grid`, which is the definition).
+    """
+    compiled = module()
+    assert compiled is not None
+    x = x.contiguous()
+    scale, zero = parameters[0], parameters[1] if len(parameters) > 1 else None
+    compiled.encode(
+        x.data_ptr(), DTYPES[x.dtype], len(x), x.shape[2], bits, keys, per_token, zero is None, group,
+        address(codes), address(scale), 0 if zero is None else address(zero), isa(),
+        torch.get_num_threads(),
+    )  # fmt: skip

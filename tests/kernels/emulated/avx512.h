@@ -26,6 +26,8 @@ inline F sub(F a, F b) { return f([&](int i) { return a.x[i] - b.x[i]; }); }
 inline F mul(F a, F b) { return f([&](int i) { return a.x[i] * b.x[i]; }); }
 inline F div(F a, F b) { return f([&](int i) { return a.x[i] / b.x[i]; }); }
 inline F max(F a, F b) { return f([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }  // NaN: b
+inline F min(F a, F b) { return f([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; }); }
+inline float reduce_min(F a) { float s = a.x[0]; for (float v : a.x) s = v < s ? v : s; return s; }
 inline F round(F a) { return f([&](int i) { return std::nearbyintf(a.x[i]); }); }
 inline float reduce_add(F a) { float s = 0; for (float v : a.x) s += v; return s; }
 inline float reduce_max(F a) { float s = a.x[0]; for (float v : a.x) s = v > s ? v : s; return s; }
@@ -84,6 +86,8 @@ inline I dot(I sum, I u, I s) {  // unsigned bytes times signed bytes
 #define _mm512_mul_ps emulated::mul
 #define _mm512_div_ps emulated::div
 #define _mm512_max_ps emulated::max
+#define _mm512_min_ps emulated::min
+#define _mm512_reduce_min_ps emulated::reduce_min
 #define _mm512_roundscale_ps(a, how) emulated::round(a)
 #define _mm512_reduce_add_ps emulated::reduce_add
 #define _mm512_reduce_max_ps emulated::reduce_max

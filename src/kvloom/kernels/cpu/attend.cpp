@@ -93,6 +93,13 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+void encode(const Encode& pages, int64_t n, const std::string& isa, int threads) {
+  const Kernels* kernels = kernels_named(isa);
+  if (pages.width > MAX_WIDTH) throw std::invalid_argument("heads are wider than " + std::to_string(MAX_WIDTH));
+#pragma omp parallel for num_threads(std::max(1, threads)) schedule(static)
+  for (int64_t page = 0; page < n; page++) kernels->encode(pages, page);
+}
+
 Handle::Handle(int rows, int heads, int group, int key_dim, int value_dim, const std::string& isa)
     : kernels_(kernels_named(isa)) {
   if (std::max(key_dim, value_dim) > MAX_WIDTH)

@@ -18,6 +18,9 @@ struct Angles {
   int64_t reach = 0;
 };
 
+// Lay n pages on uniform grids, by the named instruction set.
+void encode(const Encode& pages, int64_t n, const std::string& isa, int threads);
+
 // One layer's pages and runs. Addresses are the caller's to keep alive.
 class Handle {
  public:

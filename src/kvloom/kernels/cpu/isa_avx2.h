@@ -24,6 +24,7 @@ struct Isa {
   FN F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   FN F div(F a, F b) { return _mm256_div_ps(a, b); }
   FN F max(F a, F b) { return _mm256_max_ps(a, b); }
+  FN F min(F a, F b) { return _mm256_min_ps(a, b); }
   FN F abs(F a) { return _mm256_andnot_ps(set(-0.f), a); }
   FN F at_least(F a, F b) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), set(1.f)); }
   FN F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -37,6 +38,8 @@ struct Isa {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
   }
+  FN float smallest(F a) { return -most(sub(zero(), a)); }
+  FN uint16_t to_half(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
   FN F half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   FN float half1(uint16_t h) { return _cvtsh_ss(h); }
   FN F brain(const uint16_t* p) {

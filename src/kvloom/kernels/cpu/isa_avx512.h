@@ -31,11 +31,14 @@ struct Isa {
   FN F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   FN F div(F a, F b) { return _mm512_div_ps(a, b); }
   FN F max(F a, F b) { return _mm512_max_ps(a, b); }
+  FN F min(F a, F b) { return _mm512_min_ps(a, b); }
   FN F abs(F a) { return as_float(land(_mm512_castps_si512(a), seti(0x7fffffff))); }
   FN F at_least(F a, F b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), set(1.f)); }
   FN F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   FN float sum(F a) { return _mm512_reduce_add_ps(a); }
   FN float most(F a) { return _mm512_reduce_max_ps(a); }
+  FN float smallest(F a) { return _mm512_reduce_min_ps(a); }
+  FN uint16_t to_half(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
   FN F half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   FN float half1(uint16_t h) { return _cvtsh_ss(h); }
   FN F brain(const uint16_t* p) {

@@ -25,11 +25,22 @@ struct Isa {
   static F mul(F a, F b) { return map([&](int i) { return a.x[i] * b.x[i]; }); }
   static F div(F a, F b) { return map([&](int i) { return a.x[i] / b.x[i]; }); }
   static F max(F a, F b) { return map([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
+  static F min(F a, F b) { return map([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; }); }
   static F abs(F a) { return map([&](int i) { return fabsf(a.x[i]); }); }
   static F at_least(F a, F b) { return map([&](int i) { return a.x[i] >= b.x[i] ? 1.f : 0.f; }); }
   static F round(F a) { return map([&](int i) { return nearbyintf(a.x[i]); }); }
   static float sum(F a) { float s = 0; for (float v : a.x) s += v; return s; }
   static float most(F a) { float s = a.x[0]; for (float v : a.x) s = v > s ? v : s; return s; }
+  static float smallest(F a) { float s = a.x[0]; for (float v : a.x) s = v < s ? v : s; return s; }
+  static uint16_t to_half(float f) {  // to nearest, ties to even; finite numbers within fp16's range
+    uint32_t b;
+    memcpy(&b, &f, 4);
+    const uint32_t sign = b >> 16 & 0x8000, rest = b & 0x7fffffff;
+    if (rest < 0x38800000) {  // subnormal: units of 2^-24
+      return uint16_t(sign | uint32_t(nearbyintf(fabsf(f) * 16777216.f)));
+    }
+    return uint16_t(sign | (rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13);
+  }
   static F half(const uint16_t* p) { return map([=](int i) { return of_half(p[i]); }); }
   static F brain(const uint16_t* p) {
     return map([=](int i) { uint32_t b = uint32_t(p[i]) << 16; float f; memcpy(&f, &b, 4); return f; });

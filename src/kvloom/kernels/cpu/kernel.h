@@ -5,7 +5,7 @@
 // (arXiv:2205.14135); weights are quantized relative to their own tile's largest, since a global
 // maximum (an attention sink) would round the rest to nothing.
 #pragma once
-#include "tiles.h"
+#include "encode.h"
 
 namespace {
 constexpr float LOG2E = 1.44269504088896f;
@@ -239,23 +239,6 @@ static void key_tile(Work& w, const Packed& part, int64_t tile, Folded& folded, 
 }
 
 // ---- dense keys and values ------------------------------------------------------------------------------------
-
-// Rows of 16-bit or odd-width numbers as fp32 [n][padded width].
-static void widen(const char* p, Dtype dtype, int64_t token, int n, int width, float* out) {
-  const int wide = padded(width);
-  for (int t = 0; t < n; t++, out += wide) {
-    int c = 0;
-    if (dtype == F32) {
-      const float* x = reinterpret_cast<const float*>(p) + t * token;
-      for (; c < width; c++) out[c] = x[c];
-    } else {
-      const uint16_t* x = reinterpret_cast<const uint16_t*>(p) + t * token;
-      for (; c + W <= width; c += W) Isa::store(out + c, dtype == F16 ? Isa::half(x + c) : Isa::brain(x + c));
-      for (; c < width; c++) out[c] = number16(x + c, dtype);
-    }
-    for (; c < wide; c++) out[c] = 0;
-  }
-}
 
 static inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
 

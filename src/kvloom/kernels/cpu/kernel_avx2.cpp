@@ -4,5 +4,5 @@
 #include "kernel.h"
 
 namespace kvloom {
-const Kernels kernels_avx2 = {"avx2", attend, decode, finish, mass};
+const Kernels kernels_avx2 = {"avx2", attend, decode, encode, finish, mass};
 }

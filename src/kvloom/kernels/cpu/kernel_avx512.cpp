@@ -4,5 +4,5 @@
 #include "kernel.h"
 
 namespace kvloom {
-const Kernels kernels_avx512 = {"avx512", attend, decode, finish, mass};
+const Kernels kernels_avx512 = {"avx512", attend, decode, encode, finish, mass};
 }

@@ -4,5 +4,5 @@
 #include "kernel.h"
 
 namespace kvloom {
-const Kernels kernels_scalar = {"scalar", attend, decode, finish, mass};
+const Kernels kernels_scalar = {"scalar", attend, decode, encode, finish, mass};
 }

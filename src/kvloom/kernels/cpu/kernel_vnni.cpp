@@ -5,5 +5,5 @@
 #include "kernel.h"
 
 namespace kvloom {
-const Kernels kernels_vnni = {"vnni", attend, decode, finish, mass};
+const Kernels kernels_vnni = {"vnni", attend, decode, encode, finish, mass};
 }

@@ -35,6 +35,17 @@ static float* out(Address a) { return reinterpret_cast<float*>(a); }
 
 NB_MODULE(_cpu, m) {
   m.def("instruction_sets", instruction_sets);
+  m.def("encode", [](Address source, int dtype, int64_t pages, int width, int bits, bool keys, bool per_token,
+                     bool symmetric, int group, Address codes, Address scale, Address zero, const std::string& isa,
+                     int threads) {
+    Encode e;
+    e.source = reinterpret_cast<const void*>(source), e.dtype = Dtype(dtype), e.width = width, e.bits = bits;
+    e.keys = keys, e.per_token = per_token, e.symmetric = symmetric, e.group = group;
+    e.codes = reinterpret_cast<uint8_t*>(codes), e.scale = reinterpret_cast<uint16_t*>(scale);
+    e.zero = reinterpret_cast<uint16_t*>(zero);
+    nb::gil_scoped_release free;
+    encode(e, pages, isa, threads);
+  });
 
   nb::class_<Param> param(m, "Param");
   param.def(nb::init<>()).def_rw("stride", &Param::stride).def_rw("of_head", &Param::of_head);

@@ -287,6 +287,23 @@ static void replace(const Packed& part, Affine& affine, int64_t tile, bool keys,
   }
 }
 
+// Rows of 16-bit or odd-width numbers as fp32 [n][padded width].
+static void widen(const char* p, Dtype dtype, int64_t token, int n, int width, float* out) {
+  const int wide = padded(width);
+  for (int t = 0; t < n; t++, out += wide) {
+    int c = 0;
+    if (dtype == F32) {
+      const float* x = reinterpret_cast<const float*>(p) + t * token;
+      for (; c < width; c++) out[c] = x[c];
+    } else {
+      const uint16_t* x = reinterpret_cast<const uint16_t*>(p) + t * token;
+      for (; c + W <= width; c += W) Isa::store(out + c, dtype == F16 ? Isa::half(x + c) : Isa::brain(x + c));
+      for (; c < width; c++) out[c] = number16(x + c, dtype);
+    }
+    for (; c < wide; c++) out[c] = 0;
+  }
+}
+
 // ---- numbers of a tile ----------------------------------------------------------------------------------------
 
 // Levels x[c][t] as numbers, for channels [from, to).

@@ -146,6 +146,18 @@ struct Result {
 };
 constexpr int MAX_PARTS = 256;   // partials of one (row, head)
 
+// Pages of keys or values [pages][64][width], to be laid on uniform grids (formats/_grid.py).
+struct Encode {
+  const void* source = nullptr;
+  Dtype dtype = F32;
+  int32_t width = 0, bits = 8;
+  bool keys = true, per_token = true, symmetric = false;
+  int32_t group = 0;  // channels that share a token's parameters (0: all), or tokens that share a channel's
+  uint8_t* codes = nullptr;  // [pages][2][tile bytes]
+  // [pages][2][groups][32], or [pages][64 / group][width]; no zero: symmetric
+  uint16_t *scale = nullptr, *zero = nullptr;
+};
+
 // What the tables of the instruction sets offer.
 struct Kernels {
   const char* name;
@@ -153,6 +165,7 @@ struct Kernels {
   void (*attend)(const Layer&, const Call&, const Task&, float* scratch, float* partial);
   // Numbers of a tile in the model's basis before rotation: keys [32][D], values [32][E].
   void (*decode)(const Layer&, const Slab&, int head, int64_t tile, float* keys, float* values);
+  void (*encode)(const Encode&, int64_t page);
   // Partials of a (row, head) as out and lse.
   void (*finish)(const Layer&, const Result&, float* scratch);
   // out[slot] = sum over R rows of 2^(raw[row][slot] - lse[row])
