@@ -86,7 +86,8 @@ types: $(READY)
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases training tests/testbed
 
-$(READY): pyproject.toml constraints.txt
+KERNELS := CMakeLists.txt $(wildcard src/kvloom/kernels/cpu/*)
+$(READY): pyproject.toml constraints.txt $(KERNELS)
 	@echo 'Setting up .venv (once; torch takes a minute or two)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0

@@ -78,6 +78,7 @@ def partials(
     store: LayerStore, call: Call, new: Block | None, centroids: bool = True
 ) -> list[Partial]:
     """Every tier's `(out, lse)`, as `attend` combines them; those of the centroids can be left out."""
+    store.native.raw = None  # of an earlier forward that was given up
     if _native(store, call):
         return _native_partials(store, call, new, centroids)
     parts = [_sinks_partial(store, call)] if store.sinks is not None and store.sinks.longest else []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvloom.core.format import PAGE
 from kvloom.kernels import cpu_backend, library, ops
+from kvloom.kernels.layout import cast
 
 if TYPE_CHECKING:
     from kvloom.core.attend import Call, Partial
@@ -30,7 +31,7 @@ class Native:
         self.known: list[weakref.ref[Tensor]] = []
         self.shape = (0, 0)  # rows, query heads per KV head
         self.checked: tuple[str | None, str | None] | None = None  # see `why_unread`
-        self.raw: Tensor | None = None  # logits of pages, for `mass`
+        self.raw: Tensor | None = None  # logits of pages `[B, H, G, Q, slots]`, for `mass`
 
     def __deepcopy__(self, memo: object) -> Native:
         return Native()  # addresses are not those of the copy
@@ -39,18 +40,19 @@ class Native:
         """`(out, lse)` of pages, tail and, unless they are read with other queries, sinks."""
         B, H, G, Q, _ = call.query.shape
         self._tell(store, G)
-        self.raw = None
+        raw = None
         if store.plan.observes and store.pool.slabs:
             slots = sum(slab.pages for slab in store.pool.slabs) * PAGE
-            self.raw = torch.full((B, H, G * Q, slots), UNSEEN)
+            raw = torch.full((B, H, G, Q, slots), UNSEEN, dtype=torch.float32, device="cpu")
         held = self._runs(store)
         self.handle.scale, self.handle.softcap = call.scale, call.softcap or 0.0
-        if torch.compiler.is_compiling() and self.raw is None:
+        if torch.compiler.is_compiling() and raw is None:
             layer = library.name(self.handle)
             out, lse = library.paged_attention(call.query, layer, store.plan.value_dim)
         else:
-            out, lse = cpu_backend.attend(self.handle, call.query, store.plan.value_dim, self.raw)
+            out, lse = cpu_backend.attend(self.handle, call.query, store.plan.value_dim, raw)
         del held
+        self.raw = raw
         return out, lse
 
     def mass(self, store: LayerStore, call: Call, lse: Tensor) -> Tensor:
@@ -58,18 +60,18 @@ class Native:
         that of all tiers. No key is read again.
         """
         assert self.raw is not None
-        B, H, _, Q = lse.shape
-        norm = lse.float() * LOG2E
-        norm = norm.clamp_min(UNSEEN / 10)
+        B, H, _, Q = lse.shape  # rejected drafts are gone from it
+        raw, self.raw = self.raw[:, :, :, :Q].contiguous(), None
+        norm = (lse.float() * LOG2E).clamp_min(UNSEEN / 10)
         if call.voters is not None:
             norm = norm.masked_fill(~call.voters[:, None, None], float("inf"))
         norm = norm.contiguous()
-        received = torch.empty(B, H, self.raw.shape[3])
+        slots = raw.shape[4]
+        received = torch.empty(B, H, slots, dtype=torch.float32, device="cpu")
         self.handle.mass(
-            self.raw.data_ptr(), self.raw.shape[3], Q, norm.data_ptr(), self.raw.shape[3],
-            received.data_ptr(), torch.get_num_threads(),
+            raw.data_ptr(), slots, Q, norm.data_ptr(), slots, received.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
-        self.raw = None
         return received
 
     def read(self, store: LayerStore, slab: Slab) -> tuple[Tensor, Tensor]:
@@ -79,13 +81,15 @@ class Native:
         self._tell(store, self.shape[1] or store.plan.group)
         plan, (B, H) = store.plan, slab.first.shape
         slots = slab.pages * PAGE
-        keys = torch.empty(B, H, slots, plan.key_dim)
-        values = torch.empty(B, H, slots, plan.value_dim)
+        keys, values = (
+            torch.empty(B, H, slots, width, dtype=torch.float32, device="cpu")
+            for width in (plan.key_dim, plan.value_dim)
+        )
         which = next(i for i, s in enumerate(store.pool.slabs) if s is slab)
         self.handle.decode(
             which, slots, keys.data_ptr(), values.data_ptr(), torch.get_num_threads()
         )
-        return keys.to(plan.dtype), values.to(plan.dtype)
+        return cast(keys, plan.dtype), cast(values, plan.dtype)
 
     # -- what the kernels are told -----------------------------------------------------------------
 

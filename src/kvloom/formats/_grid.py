@@ -21,6 +21,7 @@ from torch import Tensor
 from kvloom.core.format import Field, Part
 from kvloom.kernels import cpu_backend, ops
 from kvloom.kernels.layout import (
+    LIMIT,
     TILE,
     Codes,
     Planes,
@@ -32,7 +33,6 @@ from kvloom.kernels.layout import (
 )
 from kvloom.kernels.packed import PackedPart, Parameter
 
-LIMIT = torch.finfo(torch.float16).max
 LEAST = 1e-7  # a scale that fp16 still holds; constant values have no other
 
 
@@ -75,11 +75,6 @@ def dequantize(codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> 
     if zero is None:
         return x.sub_(1 << (bits - 1)).mul_(scale.float())
     return x.mul_(scale.float()).add_(zero.float())
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 `x` in `dtype`. What was rounded may lie past the end of fp16: it saturates."""
-    return x.clamp(-LIMIT, LIMIT).half() if dtype == torch.float16 else x.to(dtype)
 
 
 def _kernels(x: Tensor) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvloom.core.format import Field, Sets
 from kvloom.formats import _sparse
-from kvloom.formats._grid import LEAST, LIMIT
-from kvloom.kernels.layout import TILE, Planes
+from kvloom.formats._grid import LEAST
+from kvloom.kernels.layout import LIMIT, TILE, Planes
 
 _PLANE = Field((1, TILE), torch.float16, "value", Planes(), metadata=True)
 PLANES = {"value_offset": _PLANE, "value_scale": _PLANE}  # of a tile's tokens

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvloom.core.format import PageBatch, PageFormat, Part, Place, Stored
 from kvloom.formats import _hadamard
-from kvloom.formats._grid import cast
+from kvloom.kernels.layout import cast
 
 
 class Rotated(PageFormat, ABC):

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import Field, Part, Stored
-from kvloom.formats._grid import LIMIT
-from kvloom.kernels.layout import TILE
+from kvloom.kernels.layout import LIMIT, TILE
 
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import TILES, Field, Part, Sets
-from kvloom.formats._grid import LEAST, LIMIT, dequantize
+from kvloom.formats._grid import LEAST, dequantize
 from kvloom.kernels.layout import (
+    LIMIT,
     TILE,
     Codes,
     pack_keys,

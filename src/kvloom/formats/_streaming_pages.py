@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kvloom.core.format import Encoded, Field, Layout, PageBatch, Sets, Stored
 from kvloom.formats import _streaming
-from kvloom.formats._grid import LIMIT
 from kvloom.formats._streaming_codes import Channels, Planes
+from kvloom.kernels.layout import LIMIT
 from kvloom.kernels.packed import PackedPart
 
 Parts = tuple[Channels, Channels]  # of keys and of values

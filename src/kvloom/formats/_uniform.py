@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kvloom.core.format import Encoded, Layout, PageBatch, Part, Sets, Stored
 from kvloom.core.policy import check, one_of
-from kvloom.formats._grid import Grid, cast
+from kvloom.formats._grid import Grid
 from kvloom.formats._rotated import Rotated
-from kvloom.kernels.layout import BITS
+from kvloom.kernels.layout import BITS, cast
 from kvloom.kernels.packed import PackedPart
 
 SCALES = "scales"  # the family of sets

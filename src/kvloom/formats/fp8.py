@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import Encoded, Field, Layout, PageBatch, PageFormat, Part, Stored
-from kvloom.formats._grid import LEAST, LIMIT, cast
-from kvloom.kernels.layout import TILE, Codes, Planes, tile_nbytes
+from kvloom.formats._grid import LEAST
+from kvloom.kernels.layout import LIMIT, TILE, Codes, Planes, cast, tile_nbytes
 from kvloom.kernels.packed import PackedPart, Parameter
 
 E4M3 = torch.float8_e4m3fn

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from kvloom.core.format import Encoded, Field, Layout, PageBatch, Part, Stored
 from kvloom.core.policy import check, one_of
-from kvloom.formats._grid import LIMIT, cast
 from kvloom.formats._levels import lloyd_max
 from kvloom.formats._rotated import Rotated
-from kvloom.kernels.layout import TILE, Codes, Planes, tile_nbytes
+from kvloom.kernels.layout import LIMIT, TILE, Codes, Planes, cast, tile_nbytes
 from kvloom.kernels.packed import PackedPart, Parameter, Parts
 
 BITS = (4, 3, 2)

@@ -22,6 +22,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KINDS = {"uniform": 0, "levels": 1, "fp8": 2}
 MODES = {"default": 0, "fast": 1, "exact": 2}
 WIDEST = 512
+INTERFACE = 1  # of the compiled module; counts up with every change of what is handed over
 QUERIES = 16  # of one head that are served at once; more are faster by matrix products
 
 
@@ -29,11 +30,14 @@ QUERIES = 16  # of one head that are served at once; more are faster by matrix p
 def module() -> ModuleType | None:
     """The compiled module, or None if the package was built without it (which warns once)."""
     try:
-        return importlib.import_module("kvloom.kernels._cpu")
-    except ImportError as error:
+        compiled = importlib.import_module("kvloom.kernels._cpu")
+        if compiled.INTERFACE != INTERFACE:
+            raise ImportError("they are of another version: reinstall kvloom")
+        return compiled
+    except (ImportError, AttributeError) as error:
         warnings.warn(
-            f"kvloom was installed without its CPU kernels ({error}): attention over packed pages runs "
-            "in torch, which is slower; install a C++ compiler and reinstall kvloom",
+            f"kvloom was installed without CPU kernels that it can use ({error}): attention over packed pages "
+            "runs in torch, which is slower; install a C++ compiler and reinstall kvloom",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -184,16 +188,29 @@ class Fields:
         return made
 
 
+def check_queries(handle: Any, query: Tensor, value_dim: int) -> None:
+    """Raise ValueError unless these are queries of this layer."""
+    B, H, G, _, D = query.shape
+    got, held = (B, H, G, D, value_dim), handle.shape
+    if query.device.type != "cpu" or got != held:
+        raise ValueError(
+            f"queries {tuple(query.shape)} on {query.device} for values of width {value_dim} do not fit a "
+            f"layer of (rows, heads, group, key width, value width) = {held}"
+        )
+
+
 def attend(
     handle: Any, query: Tensor, value_dim: int, raw: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries `[B, H, G, Q, D]` over all that a layer was told of: `out [B, H, G, Q, E]` and
-    `lse [B, H, G, Q]`, fp32. `raw [B, H, G * Q, slots]` takes the logits of pages, times log2(e).
+    `lse [B, H, G, Q]`, fp32. `raw [B, H, G, Q, slots]` takes the logits of pages, times log2(e).
     """
     query = query.float().contiguous()
     shape = query.shape[:-1]
-    out, lse = torch.empty(*shape, value_dim), torch.empty(shape)
-    where, stride = (0, 0) if raw is None else (raw.data_ptr(), raw.shape[3])
+    check_queries(handle, query, value_dim)
+    out = torch.empty(*shape, value_dim, dtype=torch.float32, device="cpu")
+    lse = torch.empty(shape, dtype=torch.float32, device="cpu")
+    where, stride = (0, 0) if raw is None else (raw.data_ptr(), raw.shape[-1])
     handle.attend(
         query.data_ptr(), shape[3], 0, out.data_ptr(), lse.data_ptr(), where, stride,
         torch.get_num_threads(),

@@ -34,6 +34,7 @@ from torch import Tensor
 TILE = 32  # slots that stand and fall together where they share scales
 
 BITS = (8, 4, 3, 2)
+LIMIT = torch.finfo(torch.float16).max
 LANES = 16
 GRAIN = 16  # channels to which widths are padded
 
@@ -46,6 +47,11 @@ def padded(width: int) -> int:
 def tile_nbytes(width: int, bits: int) -> int:
     """Bytes of the codes of one tile."""
     return TILE * padded(width) * bits // 8
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 `x` in `dtype`. What was rounded may lie past the end of fp16: it saturates."""
+    return x.clamp(-LIMIT, LIMIT).half() if dtype == torch.float16 else x.to(dtype)
 
 
 # -- the definition ------------------------------------------------------------------------------

@@ -299,6 +299,7 @@ static inline void pair_of(const Rotation& rope, int i, int* a, int* b) {
 // cos and sin of a position, [2][pairs], times the gain.
 static void angles_at(const Rotation& rope, int64_t position, float* out) {
   const int n = rope.pairs;
+  if (position < 0 || position / PAGE >= rope.reach) position = 0;  // of a page that nobody reads
   const float *cn = rope.step + position % PAGE * 2 * n, *cf = rope.far + position / PAGE * 2 * n;
   for (int i = 0; i < n; i++) {
     out[i] = (cn[i] * cf[i] - cn[n + i] * cf[n + i]) * rope.gain;
@@ -396,7 +397,7 @@ static void rotated_keys(Work& w, const Place& at, int64_t cell) {
   Affine affine(part, w.head, at.tile);
   if (later) {
     key_levels(part, w.head, part.codes + at.tile * part.tile_bytes, w.tile);
-    if (replaces(part)) replace(part, affine, at.tile, true, w.tile, TILE, 1);
+    if (replaces(part, at.tile)) replace(part, affine, at.tile, true, w.tile, TILE, 1);
     scale_keys(affine, 2 * rope.pairs, w.D, w.tile);
     scale = affine.scale, zero = affine.zero;
   } else if (slab.dense_keys.data) {
@@ -427,19 +428,20 @@ static void exact_key_tile(Work& w, const Place& at, int64_t cell, Folded& folde
   });
 }
 
-static inline bool spelled_out(const Layer& layer, const Slab& slab) {
-  return layer.rotation.pairs || replaces(slab.keys);
+static inline bool spelled_out(const Layer& layer, const Slab& slab, int64_t tile) {
+  return layer.rotation.pairs || (!slab.dense_keys.data && replaces(slab.keys, tile));
 }
 
 // ---- weights ----------------------------------------------------------------------------------------------
 
+// NaN stays NaN.
 static void cap(const Layer& layer, float* x, int n) {
   const F in = Isa::set(2.f / layer.softcap), out = Isa::set(layer.softcap * LOG2E), one = Isa::set(1.f);
   for (int i = 0; i < n; i += W) {  // tanh(y) = 1 - 2 / (e^2y + 1), of which x holds y * softcap * log2(e)
     F y = Isa::mul(Isa::load(x + i), in);
     y = Isa::sub(Isa::zero(), Isa::max(Isa::sub(Isa::zero(), y), Isa::set(-126.f)));
     const F t = Isa::sub(one, Isa::div(Isa::set(2.f), Isa::add(exp2v(y), one)));
-    Isa::store(x + i, Isa::mul(out, t));
+    Isa::store(x + i, Isa::fma(Isa::load(x + i), Isa::zero(), Isa::mul(out, t)));
   }
 }
 
@@ -459,7 +461,8 @@ static void soften(Work& w, int n) {
       const F y = Isa::sub(Isa::load(x + i), m), e = exp2v(y);
       // below 2^-126 is nothing, and so is what must not be seen
       const F kept = Isa::mul(e, Isa::at_least(y, Isa::set(-125.f)));
-      sum = Isa::add(sum, kept);
+      // a logit that is not finite stays visible: 0 times it is NaN
+      sum = Isa::add(sum, Isa::fma(Isa::load(x + i), Isa::zero(), kept));
       Isa::store(p + i, kept);
     }
     w.sum[r] = w.sum[r] * w.decay[r] + Isa::sum(sum);
@@ -524,8 +527,8 @@ static void value_products(Work& w, const Packed& part, const uint8_t* codes, in
 static void level_values(Work& w, const Packed& part, int64_t tile, const float* weights) {
   Affine affine(part, w.head, tile);
   value_levels(part, w.head, part.codes + tile * part.tile_bytes, w.tile);
-  if (replaces(part) && part.per_token) affine.load_tokens(0);  // then there is one group
-  if (replaces(part)) replace(part, affine, tile, false, w.tile, 1, w.E);
+  if (replaces(part, tile) && part.per_token) affine.load_tokens(0);  // then there is one group
+  if (replaces(part, tile)) replace(part, affine, tile, false, w.tile, 1, w.E);
   const int each = part.per_token ? group_width(part) : w.E;
   float* rows = w.tile + TILE * w.wide;  // [R][TILE] would be too many: four at a time
   for (int from = 0, g = 0; from < w.E; from += each, g++) {
@@ -629,7 +632,7 @@ static void block_logits(Work& w, const Place* places, int n, int64_t cell, Fold
   for (int i = 0; i < n; i++) {
     const Place& at = places[i];
     float* out = w.logits + i * TILE;
-    if (spelled_out(w.layer, *at.slab)) {
+    if (spelled_out(w.layer, *at.slab, at.tile)) {
       exact_key_tile(w, at, cell, folded, out);
     } else if (at.slab->dense_keys.data) {
       dense_keys(w, at.slab->dense_keys, element_of(at.slab->dense_keys, at.tile), TILE, out);
@@ -651,7 +654,7 @@ static void block_values(Work& w, const Place* places, int n) {
     const int64_t tile = places[i].tile;
     if (slab.dense_values.data) {
       dense_values(w, slab.dense_values, element_of(slab.dense_values, tile), TILE, weights);
-    } else if (!integers(w.layer, slab.values) || replaces(slab.values)) {
+    } else if (!integers(w.layer, slab.values) || replaces(slab.values, tile)) {
       level_values(w, slab.values, tile, weights);
     } else {
       const int64_t after = i + 1 < n && places[i + 1].slab == &slab ? places[i + 1].tile : tile;

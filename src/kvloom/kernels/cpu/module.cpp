@@ -34,6 +34,7 @@ static const float* floats(Address a) { return reinterpret_cast<const float*>(a)
 static float* out(Address a) { return reinterpret_cast<float*>(a); }
 
 NB_MODULE(_cpu, m) {
+  m.attr("INTERFACE") = 1;  // see cpu_backend.py
   m.def("instruction_sets", instruction_sets);
   m.def("encode", [](Address source, int dtype, int64_t pages, int width, int bits, bool keys, bool per_token,
                      bool symmetric, int group, Address codes, Address scale, Address zero, const std::string& isa,
@@ -121,6 +122,9 @@ NB_MODULE(_cpu, m) {
 
   nb::class_<Handle>(m, "Handle", nb::is_weak_referenceable())
       .def(nb::init<int, int, int, int, int, const std::string&>())
+      .def_prop_ro("shape", [](const Handle& h) {
+        return nb::make_tuple(h.layer.rows, h.layer.heads, h.layer.group, h.layer.key_dim, h.layer.value_dim);
+      })
       .def_rw("slabs", &Handle::slabs)
       .def_rw("runs", &Handle::runs)
       .def_prop_rw("scale", [](Handle& h) { return h.layer.scale; }, [](Handle& h, float v) { h.layer.scale = v; })

@@ -248,7 +248,10 @@ static inline float number16(const uint16_t* p, Dtype dtype) {
   return x;
 }
 
-static inline bool replaces(const Packed& part) { return part.sparse.n || part.plane.numbers; }
+// Whether some of a tile's numbers are stored beside its codes.
+static inline bool replaces(const Packed& part, int64_t tile) {
+  return part.sparse.n || (part.plane.numbers && part.plane.index[tile] >= 0);
+}
 
 // Put a tile's exact numbers among its levels, as levels: (number - zero) / scale.
 //
@@ -324,8 +327,8 @@ static void scale_keys(Affine& affine, int from, int to, float* x) {
 static void key_numbers(const Packed& part, int head, int64_t tile, float* x) {
   Affine affine(part, head, tile);
   key_levels(part, head, part.codes + tile * part.tile_bytes, x);
-  if (replaces(part) && part.per_token) affine.load_tokens(0);
-  if (replaces(part)) replace(part, affine, tile, true, x, TILE, 1);
+  if (replaces(part, tile) && part.per_token) affine.load_tokens(0);
+  if (replaces(part, tile)) replace(part, affine, tile, true, x, TILE, 1);
   scale_keys(affine, 0, padded(part.width), x);
 }
 
@@ -334,8 +337,8 @@ static void value_numbers(const Packed& part, int head, int64_t tile, float* x) 
   const int width = padded(part.width), each = part.per_token ? group_width(part) : width;
   Affine affine(part, head, tile);
   value_levels(part, head, part.codes + tile * part.tile_bytes, x);
-  if (replaces(part) && part.per_token) affine.load_tokens(0);
-  if (replaces(part)) replace(part, affine, tile, false, x, 1, width);
+  if (replaces(part, tile) && part.per_token) affine.load_tokens(0);
+  if (replaces(part, tile)) replace(part, affine, tile, false, x, 1, width);
   for (int g = 0; g * each < width; g++) {
     if (part.per_token) affine.load_tokens(g);
     for (int t = 0; t < TILE; t++)
