@@ -425,3 +425,26 @@ def test_a_module_of_another_version_is_not_used():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "torch"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("recipe", ["int8", "int4(keys='channel')", "int2", "kivi(residual=0)"])
+@pytest.mark.parametrize("ahead", [40.0, 80.0, 86.0, 200.0])
+def test_one_loud_entry_leaves_tiles_with_next_to_no_weight(environment, recipe, ahead, isa):
+    """Weights of other tiles go down to where fp32 ends; a reciprocal of them would be infinite."""
+    environment("KVLOOM_CPU_MODE", "default")
+    environment("KVLOOM_ISA", isa)
+    store = stores.filled(recipe, n=320)
+    keys = torch.full((1, 2, 320, 64), 1e-3)
+    keys[:, :, 5] = 1.0
+    positions = torch.arange(320)[None]
+    call = stores.call_of(store)
+    store.pool.slabs, store.tail = [], store.tail.empty()
+    store.pool.recount()
+    values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(2)) * 1e-3
+    store.commit(store.stage(keys, values, call, None, positions))
+    call.query = torch.full_like(call.query, ahead / 64)
+    call.scale = 1.0
+    got, want = stores.native(store, call), stores.exact(store, call)
+    assert torch.isfinite(got[0]).all()
+    assert_close(got[:1], want[:1], 1e-4)

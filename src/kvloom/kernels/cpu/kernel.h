@@ -121,8 +121,9 @@ static inline int terms_of(const Layer& layer, bool keys, int bits) {
 // what rounding left out, in steps.
 static inline void words_of(const float* x, int n, int terms, int32_t* words, float* step, float* rest) {
   const float top = largest(x, n), limit = terms == 2 ? TOP : TOP1;
-  *step = top / limit;
-  *rest = Isa::words(x, n, top > 0 ? limit / top : 0.f, terms, words);
+  const bool some = top > 1e-30f;  // of less, the reciprocal would be infinite, and nobody misses it
+  *step = some ? top / limit : 0;
+  *rest = Isa::words(x, n, some ? limit / top : 0.f, terms, words);
 }
 
 // As if each code that rounding weighed wrongly were in the middle: most of the error is gone.
