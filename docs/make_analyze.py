@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from _pages import filled
+
 from kvloom.evaluation import analysis_figures, manifold, spectrum
 from kvloom.evaluation.manifold import Manifold
 
@@ -82,16 +84,6 @@ def attention_table() -> str:
             f"| their tokens, in a full cache | {e.full:.1%} | |",
         ]
     )
-
-
-def filled(page: str, tables: dict[str, str]) -> str:
-    """A page with what is between `<!-- NAME -->` and `<!-- end -->` made anew."""
-    for name, table in tables.items():
-        before, mark, rest = page.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->\n")
-        assert mark and end, f"{PAGE} has no place for {name}"
-        page = f"{before}{mark}\n{table}\n\n{end}{after}"
-    return page
 
 
 def tables() -> dict[str, str]:

@@ -25,6 +25,7 @@ from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.results import Row
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from _pages import filled
 from merge_sweep import FRACTIONS
 from merging import BASE, ablation_recipes, merger_recipes
 
@@ -251,16 +252,6 @@ def draw_sweep() -> None:
     figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8)
     figure.savefig(RESULTS / "merging.png", dpi=110)
     plt.close(figure)
-
-
-def filled(page: str, tables: dict[str, str]) -> str:
-    """A page with what is between `<!-- NAME -->` and `<!-- end -->` made anew."""
-    for name, table in tables.items():
-        before, mark, rest = page.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->\n")
-        assert mark and end, f"{PAGE} has no place for {name}"
-        page = f"{before}{mark}\n{table}\n\n{end}{after}"
-    return page
 
 
 def tables() -> dict[str, str]:

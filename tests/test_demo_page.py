@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -13,17 +12,14 @@ from kvloom.cli.compare import demo_options
 from kvloom.evaluation import equal
 from kvloom.evaluation.subjects import cells_of
 from tests.evaluation.conftest import changed
+from tests.scripts import load
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_demo", DOCS / "make_demo.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(DOCS / "make_demo.py")
 
 
 def test_the_table_is_made_from_the_rows(script: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -16,17 +15,14 @@ from kvloom.core.format import PAGE
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import calibrate, compare
 from kvloom.formats._calibration import Calibration
+from tests.scripts import load
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "format_quality.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(BENCHMARK.stem, BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(BENCHMARK)
 
 
 @pytest.fixture(scope="module")

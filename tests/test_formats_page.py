@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -14,17 +13,10 @@ import pytest
 import torch
 
 from kvloom.core.recipe import Recipe
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ("formats", "formats-loud-keys")
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

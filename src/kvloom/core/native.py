@@ -102,8 +102,7 @@ class Native:
 
     def _begin(self, store: LayerStore) -> None:
         plan, (B, G) = store.plan, self.shape
-        compiled = cpu_backend.module()
-        assert compiled is not None
+        compiled = cpu_backend.loaded()
         handle = compiled.Handle(B, plan.heads, G, plan.key_dim, plan.value_dim, cpu_backend.isa())
         handle.mode = cpu_backend.mode()
         if plan.pre_rope:
@@ -157,9 +156,7 @@ class Native:
         self.known = [weakref.ref(x) for x in held]
 
     def _slab(self, store: LayerStore, slab: Slab) -> Any:
-        compiled = cpu_backend.module()
-        assert compiled is not None
-        made = compiled.Slab()
+        made = cpu_backend.loaded().Slab()
         fields = cpu_backend.Fields(slab.tile, slab.slot, slab.sets, slab.index, store.pool.tables)
         parts = store.plan.format.packed(store.plan.key_dim, store.plan.value_dim)
         assert parts is not None
@@ -216,15 +213,8 @@ def why_unread(store: LayerStore) -> str | None:
 
 def _why_unread(store: LayerStore) -> str | None:
     plan = store.plan
-    if store.device.type != "cpu":
-        return f"the cache is on {store.device.type}"
-    reason = ops.cpu_refusal()
-    if reason is not None:
-        return reason
-    if plan.format.packed(plan.key_dim, plan.value_dim) is None:
+    widest = max(plan.key_dim, plan.value_dim)
+    reason = ops.cpu_why_not(store.device, plan.dtype, widest)
+    if reason is None and plan.format.packed(plan.key_dim, plan.value_dim) is None:
         return f"{plan.format} does not say how its pages lie in memory"
-    if max(plan.key_dim, plan.value_dim) > cpu_backend.WIDEST:
-        return f"heads are wider than {cpu_backend.WIDEST}"
-    if plan.dtype not in cpu_backend.DTYPES:
-        return f"the model's dtype is {plan.dtype}"
-    return None
+    return reason

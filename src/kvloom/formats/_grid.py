@@ -77,12 +77,6 @@ def dequantize(codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> 
     return x.mul_(scale.float()).add_(zero.float())
 
 
-def _kernels(x: Tensor) -> bool:
-    """Whether the C++ kernels encode these pages."""
-    known = x.device.type == "cpu" and x.dtype in cpu_backend.DTYPES
-    return known and x.shape[2] <= cpu_backend.WIDEST and ops.cpu_refusal() is None
-
-
 @dataclass(frozen=True)
 class Grid:
     """How keys, or values, lie on uniform grids.
@@ -135,7 +129,8 @@ class Grid:
 
     def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Pages `[N, 64, W]` as `(tile, sets)`: `[N, 2, ...]`, and `[N, W]` per field."""
-        packed, parameters = self._by_kernels(x) if _kernels(x) else self._by_torch(x)
+        kernels = ops.cpu_why_not(x.device, x.dtype, x.shape[2]) is None
+        packed, parameters = self._by_kernels(x) if kernels else self._by_torch(x)
         named = dict(zip(self.names, parameters, strict=True))
         tile = {f"{self.part}_codes": packed}
         return (tile | named, {}) if self._in_tile else (tile, named)

@@ -44,15 +44,20 @@ def module() -> ModuleType | None:
         return None
 
 
+def loaded() -> ModuleType:
+    """The compiled module, where `ops.cpu_refusal` has found that it is there."""
+    compiled = module()
+    assert compiled is not None
+    return compiled
+
+
 @cache
 def isa() -> str:
     """The instruction set in use: the CPU's best, or the one that `KVLOOM_ISA` names.
 
     Raises ValueError if this CPU, or this build, does not have it.
     """
-    compiled = module()
-    assert compiled is not None
-    offered, asked = compiled.instruction_sets(), os.environ.get("KVLOOM_ISA")
+    offered, asked = loaded().instruction_sets(), os.environ.get("KVLOOM_ISA")
     if asked is None:
         return str(offered[0])
     if asked not in offered:
@@ -99,9 +104,7 @@ def dense(x: Tensor) -> Any:
     """Entries `[B, H, S, W]` (or pages `[N, 64, W]`) where they lie; only the width must be dense."""
     if x.device.type != "cpu" or x.stride(-1) != 1 or x.dtype not in DTYPES:
         raise ValueError(f"a kernel cannot read {x.dtype} on {x.device} with strides {x.stride()}")
-    compiled = module()
-    assert compiled is not None
-    made = compiled.Dense()
+    made = loaded().Dense()
     made.data, made.dtype, made.width = x.data_ptr(), DTYPES[x.dtype], x.shape[-1]
     made.row = x.stride(0) if x.ndim == 4 else 0
     made.head, made.token = x.stride(-3), x.stride(-2)
@@ -110,9 +113,7 @@ def dense(x: Tensor) -> Any:
 
 def packed(part: PackedPart, fields: Fields) -> Any:
     """One part of a slab for the kernels."""
-    compiled = module()
-    assert compiled is not None
-    made = compiled.Packed()
+    made = loaded().Packed()
     codes = fields.tile[part.codes]
     made.codes, made.tile_bytes = address(codes, torch.uint8), codes.stride(1)
     made.kind, made.bits, made.width = KINDS[part.kind], part.bits, part.width
@@ -148,9 +149,7 @@ class Fields:
         self.tile, self.slot, self.sets, self.index, self.tables = tile, slot, sets, index, tables
 
     def parameter(self, p: Parameter) -> Any:
-        compiled = module()
-        assert compiled is not None
-        made = compiled.Param()
+        made = loaded().Param()
         if p.home == "tile":
             x = self.tile[p.name]
             made.stride = x.stride(1)
@@ -164,19 +163,15 @@ class Fields:
         return made
 
     def sparse(self, numbers: str, places: str) -> Any:
-        compiled = module()
-        assert compiled is not None
         home = self.tile if numbers in self.tile else self.slot
-        made = compiled.Sparse()
+        made = loaded().Sparse()
         made.numbers, made.places = address(home[numbers]), address(home[places])
         made.n, made.dtype = home[numbers].shape[-1], DTYPES[home[numbers].dtype]
         made.wide = home[places].dtype == torch.int16
         return made
 
     def plane(self, family: str, prefix: str) -> Any:
-        compiled = module()
-        assert compiled is not None
-        fields, made = self.sets[family], compiled.Plane()
+        fields, made = self.sets[family], loaded().Plane()
         numbers, ids = fields[prefix], fields[f"{prefix}_ids"]
         if not len(numbers):
             return made
@@ -230,11 +225,9 @@ def encode(
     """Lay pages `x [N, 64, W]` on uniform grids: packed `codes` and fp16 `parameters`, a scale and, unless the
     grid is symmetric, a zero (see `kvloom.formats._grid`, which is the definition).
     """
-    compiled = module()
-    assert compiled is not None
     x = x.contiguous()
     scale, zero = parameters[0], parameters[1] if len(parameters) > 1 else None
-    compiled.encode(
+    loaded().encode(
         x.data_ptr(), DTYPES[x.dtype], len(x), x.shape[2], bits, keys, per_token, zero is None, group,
         address(codes), address(scale), 0 if zero is None else address(zero), isa(),
         torch.get_num_threads(),

@@ -44,6 +44,17 @@ def cpu_refusal() -> str | None:
     return None
 
 
+def cpu_why_not(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """The reason why the C++ kernels cannot take keys or values like these, or None."""
+    if device.type != "cpu":
+        return f"the cache is on {device.type}"
+    if width > cpu_backend.WIDEST:
+        return f"heads are wider than {cpu_backend.WIDEST}"
+    if dtype not in cpu_backend.DTYPES:
+        return f"the model's dtype is {dtype}"
+    return cpu_refusal()
+
+
 def serving() -> str:
     """What attends over pages on a CPU: `"cpu avx2"`, `"cpu vnni fast"`, `"torch"`, `"reference"`."""
     if cpu_refusal() is not None:

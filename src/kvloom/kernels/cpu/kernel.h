@@ -92,16 +92,7 @@ static void load_queries(Work& w, const Task& task) {
   if (!turned) return;
   for (int r = 0; r < w.R; r++)
     for (int c = 0; c < w.D; c++) w.query[r * w.wide + c] = 0;
-  const int lanes = dim / W * W;
-  by_rows(w.R, [&]<int H>(int r) {
-    fma_rows<H>(layer.turn.key, dim, dim, lanes, w.folded + r * w.wide, w.wide, w.query + r * w.wide, w.wide, false);
-  });
-  for (int r = 0; r < w.R; r++)
-    for (int c = lanes; c < dim; c++) {
-      float x = 0;
-      for (int i = 0; i < dim; i++) x += w.folded[r * w.wide + i] * layer.turn.key[int64_t(i) * dim + c];
-      w.query[r * w.wide + c] = x;
-    }
+  times_matrix(w.folded, w.R, w.wide, layer.turn.key, dim, w.query);
 }
 
 // ---- keys of packed tiles ------------------------------------------------------------------------------
@@ -790,19 +781,11 @@ static void merge(const float* const* parts, int n, int R, int E, int64_t each, 
 
 // acc of pages in the model's basis
 static void turn_back(const Layer& layer, int head, int R, int E, float* acc, float* room) {
-  const int dim = layer.value_dim, lanes = dim / W * W;
+  const int dim = layer.value_dim;
   for (int64_t i = 0; i < int64_t(R) * E; i++) room[i] = acc[i];
-  by_rows(R, [&]<int H>(int r) {
-    fma_rows<H>(layer.turn.value_back, dim, dim, lanes, room + r * E, E, acc + r * E, E, false);
-  });
-  for (int r = 0; r < R; r++) {
-    for (int c = lanes; c < dim; c++) {
-      float x = 0;
-      for (int i = 0; i < dim; i++) x += room[r * E + i] * layer.turn.value_back[int64_t(i) * dim + c];
-      acc[r * E + c] = x;
-    }
+  times_matrix(room, R, E, layer.turn.value_back, dim, acc);
+  for (int r = 0; r < R; r++)
     for (int c = 0; c < dim; c++) acc[r * E + c] *= layer.turn.value_signs[int64_t(head) * dim + c];
-  }
 }
 
 static void finish(const Layer& layer, const Result& result, float* room) {

@@ -116,6 +116,20 @@ static inline void by_rows(int rows, Fn f) {
   for (; r < rows; r++) f.template operator()<1>(r);
 }
 
+// out = x times a matrix [dim][dim], R rows, `stride` apart.
+static void times_matrix(const float* x, int R, int64_t stride, const float* matrix, int dim, float* out) {
+  const int lanes = dim / W * W;
+  by_rows(R, [&]<int H>(int r) {
+    fma_rows<H>(matrix, dim, dim, lanes, x + r * stride, stride, out + r * stride, stride, false);
+  });
+  for (int r = 0; r < R; r++)
+    for (int c = lanes; c < dim; c++) {
+      float sum = 0;
+      for (int i = 0; i < dim; i++) sum += x[r * stride + i] * matrix[int64_t(i) * dim + c];
+      out[r * stride + c] = sum;
+    }
+}
+
 // ---- codes as numbers -------------------------------------------------------------------------------
 
 // e4m3 in the low byte: sign, then exponent and mantissa where fp32 has them, 2^120 too small
