@@ -6,8 +6,8 @@
 One step of decoding in one layer: 32 query heads, 8 KV heads. All calls take turns in one process and
 ratios are medians within rounds. `grouped` is the faster form of SDPA (the queries of a group are rows
 of one call), `enable_gqa` what transformers calls. Every result is checked first, against float64 over
-the decoded pages. Bytes are those of the pages; bandwidth is what summing a large tensor reaches in the
-same rounds.
+the decoded pages. Bytes are those of pages in use, without spare ones; bandwidth is what summing a large
+tensor reaches in the same rounds.
 """
 
 from __future__ import annotations
@@ -52,6 +52,18 @@ def layer_of(recipe: str, keys: Tensor, values: Tensor, group: int, chunk: int) 
         none = Call(k.new_zeros(len(k), H, group, 1, D), 1.0, positions=positions)
         layer.store.commit(layer.store.stage(k, v, none, None, positions))
     return layer.store
+
+
+def bytes_in_use(store: LayerStore) -> int:
+    """Codes, scales and indices of the pages that hold entries: what one call has to read."""
+    total = 0.0
+    for slab in store.pool.slabs:
+        part = int(slab.used.sum()) / slab.size
+        total += part * sum(x.nbytes for x in (*slab.slot.values(), *slab.tile.values()))
+        total += part * sum(x.nbytes for x in slab.index.values())
+        for family, fields in slab.sets.items():
+            total += sum(x[: slab.n_sets[family]].nbytes for x in fields.values())
+    return round(total)
 
 
 def check(store: LayerStore, call: Call) -> float:
@@ -101,7 +113,7 @@ def measure(given: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any
              "kv_heads": H, "width": D, "tokens": T}  # fmt: skip
     rows = []
     for recipe, store in stores.items():
-        nbytes = sum(x.nbytes for x in store.pool.parts()[0])
+        nbytes = bytes_in_use(store)
         median = statistics.median(times[recipe])
         row = {
             **provenance(given.threads), "backend": ops.serving(), **shape, "recipe": recipe,
