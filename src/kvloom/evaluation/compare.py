@@ -162,9 +162,10 @@ def run(bench: Bench, cells: Sequence[Cell], ledger: Ledger, progress: Progress)
         known = ledger.get(bench.key(cell))
         steps = bench.protocol.tokens - 1 + NEEDLE_STEPS * len(bench.needles)
         progress.cell(cell, number, len(cells), steps)
-        row = known or bench.measure(cell, progress)
-        if known is None:
+        fresh = not isinstance(known, Row)
+        row = bench.measure(cell, progress) if not isinstance(known, Row) else known
+        if fresh:
             ledger.append(row)
-        progress.done(cell, row, fresh=known is None)
+        progress.done(cell, row, fresh=fresh)
         rows.append(row)
     return rows

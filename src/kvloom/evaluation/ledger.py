@@ -10,10 +10,14 @@ import json
 import os
 from pathlib import Path
 
-from kvloom.evaluation.results import SCHEMA, Row
+from kvloom.evaluation import results, task_results
+from kvloom.evaluation.metrics import AnyRow
+from kvloom.evaluation.results import Row
+from kvloom.evaluation.task_results import TaskRow
 
 NAME = "results.jsonl"
-_START = f'{{"schema":"{SCHEMA}"'  # how each of our lines begins, torn or not
+# how each of our lines begins, torn or not
+_STARTS = {f'{{"schema":"{kind}"': row for kind, row in ((results.SCHEMA, Row), (task_results.SCHEMA, TaskRow))}  # fmt: skip
 
 
 class Ledger:
@@ -29,7 +33,7 @@ class Ledger:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / NAME
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, AnyRow] = {}
         self.torn = 0
         _check_writable(self.path)
         if self.path.exists():
@@ -40,9 +44,9 @@ class Ledger:
             if not line.strip():
                 continue
             try:
-                row = Row.from_json(line)
+                row = _row(line)
             except json.JSONDecodeError:
-                if not (line.startswith(_START) or _START.startswith(line)):
+                if not any(line.startswith(s) or s.startswith(line) for s in _STARTS):
                     raise ValueError(self._foreign(number, "it is not JSON")) from None
                 self.torn += 1
             except ValueError as error:
@@ -56,11 +60,11 @@ class Ledger:
             "choose another output folder or move the file away"
         )
 
-    def get(self, key: str) -> Row | None:
+    def get(self, key: str) -> AnyRow | None:
         """The row of a cell, if it was measured before."""
         return self.rows.get(key)
 
-    def append(self, row: Row) -> None:
+    def append(self, row: AnyRow) -> None:
         """Add a row: one write at the end of the file, on the disk before this returns.
 
         Raises OSError if not all of it could be written (it then counts as torn).
@@ -82,6 +86,13 @@ class Ledger:
         if fresh:
             _sync_folder(self.path.parent)
         self.rows[row.key] = row
+
+
+def _row(line: str) -> AnyRow:
+    for start, kind in _STARTS.items():
+        if line.startswith(start):
+            return kind.from_json(line)
+    return Row.from_json(line)  # which says what is wrong
 
 
 def _check_writable(path: Path) -> None:
