@@ -177,6 +177,61 @@ def demo(
         command.run(options)
 
 
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(help="A file like those in experiments/.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Its quick version: minutes.")] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The published models, texts and sizes.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Instead of every model that the file names.")
+    ] = None,
+    phase: Annotated[
+        list[int] | None, typer.Option(help="Only grids of this phase; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for rows and record; default: results/NAME.")
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(help="inline; process: in others on this machine; ray: on a cluster.")
+    ] = "inline",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="At most so many cells at once.")
+    ] = None,
+    again: Annotated[bool, typer.Option(help="Measure even what was measured before.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only say which cells there are.")] = False,
+) -> None:
+    """Run an experiment: every cell that has no row yet; an interrupted one goes on."""
+    with one_line_errors():
+        from kvloom.cli import run as command
+
+        if quick and paper:
+            raise ValueError("--quick and --paper: choose one of them")
+        scale = "quick" if quick else "paper" if paper else "testbed"
+        command.run(
+            command.Options(
+                experiment, out, scale, model, tuple(phase or ()), executor, workers, again, dry_run
+            )
+        )
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders with experiment.json, or with rows alone.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to; default: 'report' in the only folder.")
+    ] = None,
+) -> None:
+    """Figures, tables and one HTML page from the rows of experiments; nothing is measured."""
+    with one_line_errors():
+        from kvloom.cli import report as command
+
+        command.run(folders, out, console())
+
+
 @app.command("list")
 def list_policies() -> None:
     """Everything that can stand in a recipe, by kind, and the presets."""

@@ -30,6 +30,7 @@ class Spec:
             threads: what runs it. text or task: what it runs on. seed: of the repeat; repeat: from 0.
         options: the kind's other settings (`tokens`, `prefill`, `view`, ...).
         synthetic: whether the data is made up, as published tables have to say.
+        name: what tables call the recipe, if not by its text.
     """
 
     grid: str
@@ -47,12 +48,13 @@ class Spec:
     repeat: int = 0
     synthetic: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def label(self) -> str:
         """For progress and tables."""
         at = f" @ {self.budget}" if self.budget else ""
-        return f"{self.recipe}{at}"
+        return f"{self.name or self.recipe}{at}"
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Claim:
     """A published figure, to stand beside ours.
 
     Attributes:
-        grid, recipe, budget: the cells that measure the same. metric: one of `METRICS`. value: as
+        grid, recipe, budget: the cells that measure the same; the recipe by its text or its name. metric: one of `METRICS`. value: as
             published, in the metric's unit. where: paper, table and model.
     """
 
@@ -101,13 +103,15 @@ class Figure:
 
 @dataclass
 class Experiment:
-    """The record as a whole. `source` names the file it came from; `quick`: its quick version."""
+    """The record as a whole. `source` names the file it came from; `scale`: `"testbed"`, `"quick"` or
+    `"paper"`, see `experiment_file`.
+    """
 
     name: str
     title: str
     summary: str
     source: str
-    quick: bool
+    scale: str
     outcomes: list[Outcome]
     claims: list[Claim] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
@@ -122,7 +126,7 @@ class Experiment:
         return [
             c
             for c in self.claims
-            if c.recipe == spec.recipe
+            if c.recipe in (spec.name, spec.recipe)
             and c.grid in (None, spec.grid)
             and c.budget in (None, spec.budget)
         ]

@@ -44,7 +44,7 @@ class Ledger:
             if not line.strip():
                 continue
             try:
-                row = _row(line)
+                row = read_row(line)
             except json.JSONDecodeError:
                 if not any(line.startswith(s) or s.startswith(line) for s in _STARTS):
                     raise ValueError(self._foreign(number, "it is not JSON")) from None
@@ -88,7 +88,8 @@ class Ledger:
         self.rows[row.key] = row
 
 
-def _row(line: str) -> AnyRow:
+def read_row(line: str) -> AnyRow:
+    """A line of either kind. Raises ValueError if it is neither."""
     for start, kind in _STARTS.items():
         if line.startswith(start):
             return kind.from_json(line)

@@ -29,7 +29,10 @@ class Metric:
 
     def show(self, value: float | None) -> str:
         """The number as it stands in a table."""
-        return "n/a" if value is None else self.form.format(value)
+        if value is None:
+            return "n/a"
+        text = self.form.format(value)
+        return text.removeprefix("-") if not text.strip("-0.%x") else text  # no "-0.0000"
 
 
 def _quality(name: str) -> Callable[[Any], float | None]:

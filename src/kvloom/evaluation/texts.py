@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import lzma
 from collections.abc import Callable, Iterable, Iterator
@@ -46,8 +47,8 @@ class Document:
         return results.Text(self.name, tokens_sha256(self.ids), len(self.ids))
 
 
-def load(name: str, tokenizer: Any, tokens: int, filler: int = 0) -> Document:
-    """The first `tokens` tokens of a text, its documents one after the other.
+def load(name: str, tokenizer: Any, tokens: int, filler: int = 0, skip: int = 0) -> Document:
+    """The first `tokens` tokens of a text behind `skip` others, its documents one after the other.
 
     Special tokens stand at the start only. `filler` asks for raw text for tasks of so many tokens,
     if the text has it. Raises ValueError if the text is unknown, unreadable, empty, too short, or no
@@ -55,19 +56,25 @@ def load(name: str, tokenizer: Any, tokens: int, filler: int = 0) -> Document:
     """
     ids: list[int] = []
     read: list[str] = []
-    missing = FILLER * max(tokens, filler)  # characters
+    wanted = tokens + skip
+    missing = FILLER * max(wanted, filler)  # characters
     for text in documents(name):
-        if len(ids) < tokens:
-            ids += _first_ids(text, tokenizer, tokens - len(ids), start=not ids)
+        if len(ids) < wanted:
+            ids += _first_ids(text, tokenizer, wanted - len(ids), start=not ids)
         read.append(text[: max(0, missing)])
         missing -= len(text)
-        if len(ids) >= tokens and missing <= 0:
+        if len(ids) >= wanted and missing <= 0:
             break
     if not any(text.strip() for text in read):
         raise ValueError(f"text {name!r} is empty: there is nothing to predict")
-    if len(ids) < tokens:
-        raise ValueError(f"text {name!r} has {len(ids)} tokens, and {tokens} were asked for")
-    return Document(name, torch.tensor(ids[:tokens]), "\n".join(read))
+    if len(ids) < wanted:
+        behind = f" behind {skip} others" if skip else ""
+        raise ValueError(
+            f"text {name!r} has {len(ids)} tokens, and {tokens}{behind} were asked for"
+        )
+    special = len(tokenizer("", verbose=False)["input_ids"])
+    chosen = ids[:special] + ids[skip + special : wanted]
+    return Document(name + (f" from {skip}" if skip else ""), torch.tensor(chosen), "\n".join(read))
 
 
 def _first_ids(text: str, tokenizer: Any, tokens: int, start: bool) -> list[int]:
@@ -88,8 +95,21 @@ def documents(name: str) -> Iterator[str]:
         name: `"stdlib"` (modules of the standard library held out of the testbed's training),
             `"stdlib_train"` (the others); a text file, a `.jsonl` or
             `.jsonl.xz` of objects with a `text`, or a folder of text files; or a dataset of the
-            hub as `"owner/name"`, `"owner/name:config"` or `"owner/name:config:split"`.
+            hub as `"owner/name"`, `"owner/name:config"` or `"owner/name:config:split"`. `"#2"` at
+            the end: from the document behind the first two.
     """
+    name, first = _first_document(name)
+    yield from itertools.islice(_documents(name), first, None)
+
+
+def _first_document(name: str) -> tuple[str, int]:
+    text, mark, number = name.rpartition("#")
+    if not mark or not number.isdecimal() or Path(name).exists():
+        return name, 0
+    return text, int(number)
+
+
+def _documents(name: str) -> Iterator[str]:
     if name in BUNDLED:
         yield from BUNDLED[name]()
     elif Path(name).exists() or name.endswith(_LOCAL_SUFFIXES):

@@ -1,0 +1,229 @@
+"""Experiments as TOML: grids of cells, what was claimed, what to draw; at three scales.
+
+    title = "What int4 costs"
+    [defaults]                        # of every grid
+    model = "testbed"
+    [quick]                           # replaces defaults with --quick: minutes
+    tokens = 512
+    [paper]                           # with --paper: the published models, texts and sizes
+    model = "meta-llama/Llama-2-7b-hf"
+    [[fallback]]                      # tried in turn when memory runs out
+    prefill_chunk = 256
+    [[grid]]
+    name = "main"
+    kind = "document"                 # perplexity, KL, bytes and time; or task, manifold, attention
+    text = ["stdlib", "books.txt"]    # crossed with recipes and budgets
+    recipes = ["int4", "strict: streaming_llm(sinks={4,16}, recent=60)"]  # a name, if one is wanted
+    budgets = ["25%"]
+    repeats = 3                       # other stretches of the text, other seeds
+    quick = { repeats = 1 }           # replaces this grid's own; paper = { ... } likewise
+    [[claim]]
+    recipe = "int4"
+    metric = "perplexity"
+    value = 5.89
+    where = "table 1, Llama-2-7B"
+    [[figure]]
+    kind = "table"
+    grid = "main"
+    columns = ["perplexity", "ratio"]
+
+`{a,b}` within a recipe, a budget or a task stands for each of these; `{seed}` for the repeat's seed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kvloom.core.recipe import Recipe
+from kvloom.evaluation.experiment import Claim, Experiment, Figure, Outcome, Spec
+from kvloom.evaluation.metrics import METRICS
+from kvloom.evaluation.subjects import Cell, cells_of, parse
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "document": {
+        "tokens": 1024, "prefill": 512, "prefill_chunk": 0, "prefill_runs": 3, "needles": 0,
+        "needle_tokens": 0,
+    },
+    "task": {"view": "blind", "prefill_chunk": 0, "filler": "stdlib"},
+    "manifold": {"layer": -1, "head": 0, "length": 1024, "chunk": 64, "topics": False, "passage": 128},
+    "attention": {"layer": -1, "head": 0, "length": 1024, "chunk": 64},
+}  # fmt: skip
+SHARED: dict[str, Any] = {
+    "model": "testbed", "dtype": "bfloat16", "device": "auto", "threads": 0, "seed": 0, "repeats": 1,
+    "synthetic": False, "text": "stdlib", "task": "",
+}  # fmt: skip
+SCALES = ("testbed", "quick", "paper")
+_GRID = {"name", "kind", "phase", "recipes", "budgets", "quick", "paper"}
+_TOP = {"title", "summary", "defaults", "quick", "paper", "fallback", "grid", "claim", "figure"}
+_LISTS = ("model", "text", "task")  # crossed with recipes where they are lists
+_NAMED = re.compile(r"([^'\"|(:]+):\s+(.+)")
+_BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
+
+
+def read(
+    path: Path, scale: str = "testbed", model: str | None = None, phases: tuple[int, ...] = ()
+) -> tuple[Experiment, list[dict[str, Any]]]:
+    """The experiment of a file, nothing measured yet, and what to try when memory runs out.
+
+    Args:
+        scale: `"testbed"`, as it stands; `"quick"` or `"paper"`: with what these sections replace. model: instead of every model that the file names. phases: only grids
+            of these; all if empty.
+
+    Raises ValueError, naming the file and what is wrong, on anything that is not as above.
+    """
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _experiment(given, path, scale, model, phases)
+    except OSError as error:
+        raise ValueError(f"experiment {str(path)!r} cannot be read: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"experiment {str(path)!r}: {error}") from None
+
+
+def _experiment(
+    given: dict[str, Any], path: Path, scale: str, model: str | None, phases: tuple[int, ...]
+) -> tuple[Experiment, list[dict[str, Any]]]:
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale!r}: one of {', '.join(SCALES)}")
+    _known(given, _TOP, "the file")
+    shared = given.get("defaults", {}) | given.get(scale, {})
+    every = set(SHARED) | {name for own in OPTIONS.values() for name in own}
+    _known(shared, every, "defaults")
+    specs: list[Spec] = []
+    for grid in given.get("grid", []):
+        own = grid | grid.get(scale, {})
+        if not phases or own.get("phase") in phases:
+            specs += _specs(own, shared | ({"model": model} if model else {}), model)
+    if not specs:
+        raise ValueError(f"no grid of phase {', '.join(map(str, phases))}" if phases else "no grid")
+    fallbacks = given.get("fallback", [])
+    for step in fallbacks:
+        _known(step, {*SHARED, *OPTIONS["document"], *OPTIONS["task"]}, "fallback")
+    experiment = Experiment(
+        name=path.stem,
+        title=_text(given, "title"),
+        summary=given.get("summary", ""),
+        source=path.name,
+        scale=scale,
+        outcomes=[Outcome(spec) for spec in specs],
+        claims=[_claim(c) for c in given.get("claim", [])],
+        figures=[_figure(f) for f in given.get("figure", [])],
+    )
+    return experiment, fallbacks
+
+
+def _specs(grid: dict[str, Any], shared: dict[str, Any], model: str | None) -> Iterator[Spec]:
+    """The cells of a grid, in the order of its lists, repeats innermost."""
+    name, kind = _text(grid, "name"), grid.get("kind", "document")
+    if kind not in OPTIONS:
+        raise ValueError(f"grid {name!r}: kind {kind!r}: one of {', '.join(OPTIONS)}")
+    _known(grid, {*_GRID, *SHARED, *OPTIONS[kind]}, f"grid {name!r}")
+    options = OPTIONS[kind] | {k: v for k, v in shared.items() if k in OPTIONS[kind]}
+    options |= {k: v for k, v in grid.items() if k in OPTIONS[kind]}
+    _same_types(options, OPTIONS[kind], name)
+    made = SHARED | {k: v for k, v in (shared | grid).items() if k in SHARED}
+    if model:
+        made["model"] = model
+    axes = [_expanded(made[axis]) for axis in _LISTS]
+    for (m, text, task), repeat in itertools.product(itertools.product(*axes), range(made["repeats"])):  # fmt: skip
+        seed = made["seed"] + repeat
+        for cell, called in _cells(grid, seed, kind).items():
+            yield Spec(
+                grid=name, phase=grid.get("phase"), kind=kind, recipe=str(cell.subject),
+                budget=None if cell.budget is None else str(cell.budget), model=m,
+                dtype=made["dtype"], device=made["device"], threads=made["threads"] or None,
+                text=None if kind == "task" else text,
+                task=task.replace("{seed}", str(seed)) if kind == "task" else None,
+                seed=seed, repeat=repeat, synthetic=made["synthetic"], options=dict(options),
+                name=called,
+            )  # fmt: skip
+
+
+def _cells(grid: dict[str, Any], seed: int, kind: str) -> dict[Cell, str]:
+    """Cells with their names, the full cache first unless the kind needs none."""
+    recipes, budgets = (_expanded(grid.get(k, [])) for k in ("recipes", "budgets"))
+    found = {} if kind in ("manifold", "attention") else {Cell(Recipe()): ""}
+    for text in recipes:
+        called, recipe = _name(text.replace("{seed}", str(seed)))
+        full, *cells = cells_of([recipe], budgets)
+        found |= dict.fromkeys(cells or [full], called)
+    return found
+
+
+def _name(text: str) -> tuple[str, str]:
+    """`"name: recipe"`, or a recipe alone."""
+    found = _NAMED.fullmatch(text)
+    return (found[1], found[2]) if found else ("", text)
+
+
+def _expanded(given: str | list[str]) -> list[str]:
+    """Each text of a list, or the one text, with every `{a,b}` replaced by each of its parts."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"{given!r}: a text, or a list of texts")
+    return [one for text in texts for one in _braces(text)]
+
+
+def _braces(text: str) -> Iterator[str]:
+    found = _BRACES.search(text)
+    if not found:
+        yield text
+        return
+    for part in found[1].split(","):
+        yield from _braces(text[: found.start()] + part.strip() + text[found.end() :])
+
+
+def _claim(given: dict[str, Any]) -> Claim:
+    claim = Claim(**given)
+    if claim.metric not in METRICS:
+        raise ValueError(f"claim: metric {claim.metric!r}: one of {', '.join(METRICS)}")
+    return Claim(**(given | {"recipe": _canonical(claim.recipe), "value": float(claim.value)}))
+
+
+def _canonical(recipe: str) -> str:
+    """A recipe's own text; a name as it is."""
+    try:
+        return str(parse(recipe))
+    except ValueError:
+        return recipe
+
+
+def _figure(given: dict[str, Any]) -> Figure:
+    own = dict(given)
+    kind, title, grid = own.pop("kind", ""), own.pop("title", ""), own.pop("grid", None)
+    if not kind:
+        raise ValueError(f"figure {given!r}: it needs a kind")
+    return Figure(kind=kind, title=title, grid=grid, options=own)
+
+
+def _text(given: dict[str, Any], name: str) -> str:
+    value = given.get(name)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name!r} must be a text, not {value!r}")
+    return value
+
+
+def _same_types(options: dict[str, Any], defaults: dict[str, Any], grid: str) -> None:
+    for name, value in options.items():
+        if type(value) is not type(defaults[name]):
+            wanted = type(defaults[name]).__name__
+            raise ValueError(f"grid {grid!r}: {name} is {value!r}, not of type {wanted}")
+
+
+def _known(given: dict[str, Any], names: set[str], where: str) -> None:
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f": {', '.join(sorted(names))}"
+            raise ValueError(f"{where} has no {name!r}{hint}")
