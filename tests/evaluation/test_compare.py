@@ -297,7 +297,7 @@ def test_the_testbed_finds_needles_unless_they_are_evicted(trained: tuple[Any, A
     filler = "\n".join(testbed.texts.held_out_texts()[:3])
     tasks = needles.prepare(filler, tokenizer, 4, 300, seed=0)
     assert all(240 < len(t.context) + len(t.question) <= 300 for t in tasks)
-    assert [t.task.depth for t in tasks] == [0.125, 0.375, 0.625, 0.875]
+    assert [t.example.depth for t in tasks] == [0.125, 0.375, 0.625, 0.875]
     full = [needles.answered(model, tokenizer, Recipe(), None, t) for t in tasks]
     window = parse("streaming_llm(recent=24)")
     evicted = [needles.answered(model, tokenizer, window, None, t) for t in tasks]

@@ -13,10 +13,9 @@ import torch
 
 from kvloom import testbed
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation import disjoint, identity, measure, needles, texts
+from kvloom.evaluation import answering, disjoint, identity, measure, needles, texts
 from kvloom.evaluation.decoders import decoder_for
 from kvloom.evaluation.ledger import Ledger
-from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Protocol, Row
 from kvloom.evaluation.subjects import Cell
 from kvloom.hf import load
@@ -46,7 +45,7 @@ class Bench:
     tokenizer: Any
     name: str
     document: texts.Document
-    needles: list[needles.Needle]
+    needles: list[answering.Asked]
     protocol: Protocol
 
     def __post_init__(self) -> None:
@@ -66,20 +65,12 @@ class Bench:
 
     def key(self, cell: Cell) -> str:
         """Hash of everything that determines the cell's row."""
-        env, subject = self.environment, cell.facts
-        policies = [] if isinstance(cell.subject, Recompute) else cell.subject.policies
         return identity.cell_key(
             model=self.model_facts.sha256,
-            recipe=subject.full,
-            budget=subject.budget,
             text=self.document.facts.sha256,
             protocol=self.protocol,
-            sources=[env.source_sha256, identity.foreign_sha256(policies)],
-            versions=[env.python, env.torch, env.transformers],
-            machine=[
-                env.platform, env.cpu, env.capability, env.cores, env.threads, env.device, env.backend,
-            ],
-        )  # fmt: skip
+            **cell.parts(self.environment),
+        )
 
     def measure(self, cell: Cell, progress: Progress) -> Row:
         """Measure one cell."""

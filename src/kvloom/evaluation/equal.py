@@ -7,21 +7,63 @@ the budget, or nothing was evicted, so that the budget had no say.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
-from kvloom.evaluation.results import Row
+from kvloom.evaluation.results import Counts, Subject
 
 TOLERANCE = 0.02
 
 
-def groups(rows: Sequence[Row]) -> dict[str | None, list[Row]]:
+class HeldBytes(Protocol):
+    """What `results.Bytes` and `task_results.Held` have in common."""
+
+    @property
+    def mean(self) -> float:
+        """Of the whole cache."""
+        ...
+
+    @property
+    def compressed_mean(self) -> float:
+        """Of the compressed layers."""
+        ...
+
+    @property
+    def allowed(self) -> float | None:
+        """By the budget; None where it is not in bytes."""
+        ...
+
+
+class Comparable(Protocol):
+    """What a row has to tell: `Row` and `TaskRow` do."""
+
+    @property
+    def subject(self) -> Subject:
+        """What was measured."""
+        ...
+
+    @property
+    def bytes(self) -> HeldBytes:
+        """What it held."""
+        ...
+
+    @property
+    def counts(self) -> Counts:
+        """What it did."""
+        ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Comparable)
+
+
+def groups(rows: Sequence[AnyRow]) -> dict[str | None, list[AnyRow]]:
     """Rows by budget, those without one first, each in the given order."""
-    found: dict[str | None, list[Row]] = {None: []}
+    found: dict[str | None, list[AnyRow]] = {None: []}
     for row in rows:
         found.setdefault(row.subject.budget, []).append(row)
     return {budget: held for budget, held in found.items() if held}
 
 
-def budget_use(row: Row) -> float | None:
+def budget_use(row: Comparable) -> float | None:
     """Mean bytes held / mean bytes allowed; None where the budget is none or not in bytes.
 
     A percentage is of the compressed layers, bytes are of all.
@@ -32,17 +74,17 @@ def budget_use(row: Row) -> float | None:
     return (b.compressed_mean if budget and budget.endswith("%") else b.mean) / b.allowed
 
 
-def idle(row: Row) -> bool:
+def idle(row: Comparable) -> bool:
     """Whether a recipe that evicts has evicted nothing: the row shows a full cache, or its format."""
     return row.subject.evicts and row.counts.evicted == 0
 
 
-def above(row: Row) -> bool:
+def above(row: Comparable) -> bool:
     """Whether over 2 % more than allowed is held, as by a share while it is below the floor."""
     return (budget_use(row) or 0) > 1 + TOLERANCE
 
 
-def unequal(rows: Sequence[Row]) -> dict[str, float]:
+def unequal(rows: Sequence[Comparable]) -> dict[str, float]:
     """Recipes that hold over 2 % less than the largest of these rows: recipe -> share of it.
 
     Rows that are excused are left out.
@@ -52,7 +94,7 @@ def unequal(rows: Sequence[Row]) -> dict[str, float]:
     return {recipe: n / most for recipe, n in held.items() if most and n / most < 1 - TOLERANCE}
 
 
-def require_equal(rows: Sequence[Row]) -> None:
+def require_equal(rows: Sequence[Comparable]) -> None:
     """Assert that rows may stand side by side "at equal bytes": whatever says so must ask first.
 
     Raises ValueError if they are of several budgets, or differ by over 2 % without an excuse.
@@ -66,7 +108,7 @@ def require_equal(rows: Sequence[Row]) -> None:
         raise ValueError(f"NOT equal bytes; against the largest: {listed}")
 
 
-def remarks(rows: Sequence[Row]) -> list[str]:
+def remarks(rows: Sequence[Comparable]) -> list[str]:
     """Whether the rows of each budget hold equal bytes, and what is special about single rows."""
     said = []
     for budget, held in groups(rows).items():
@@ -93,6 +135,6 @@ def _why(budget: str) -> str:
     return "a budget is a ceiling that whole pages must fit under"
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Comparable) -> str:
     budget = row.subject.budget
     return row.subject.recipe + (f" @ {budget}" if budget else "")

@@ -339,7 +339,7 @@ def _bytes(
         dense=full.dense,
         dense_mean=dense_mean,
         dtype_dense=full.dtype_dense,
-        allowed=_allowed(budget, dense_mean),
+        allowed=allowed(budget, dense_mean),
         floor=end.floor,
         slack=end.slack,
         device_peak=device_peak,
@@ -348,7 +348,8 @@ def _bytes(
     )
 
 
-def _allowed(budget: Budget | None, dense_mean: float) -> float | None:
+def allowed(budget: Budget | None, dense_mean: float) -> float | None:
+    """Bytes that a budget allows, where a dense cache has `dense_mean`; None where it is not in bytes."""
     if budget is None or budget.kind == "tokens":
         return None
     return budget.amount * dense_mean if budget.kind == "share" else float(budget.amount)

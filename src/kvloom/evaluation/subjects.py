@@ -13,7 +13,7 @@ from typing import Any
 from kvloom.core.budget import Budget
 from kvloom.core.policy import Policy
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation import results
+from kvloom.evaluation import identity, results
 from kvloom.evaluation.recompute import Recompute
 
 Subject = Recipe | Recompute
@@ -58,6 +58,19 @@ class Cell:
             baseline=isinstance(self.subject, Recompute),
             evicts=not isinstance(self.subject, Recompute) and self.subject.evicts,
         )
+
+    def parts(self, env: results.Environment) -> dict[str, Any]:
+        """The parts of a cell's key that are the same whatever it is measured on (`identity.cell_key`)."""
+        policies = [] if isinstance(self.subject, Recompute) else self.subject.policies
+        return {
+            "recipe": self.facts.full,
+            "budget": self.facts.budget,
+            "sources": [env.source_sha256, identity.foreign_sha256(policies)],
+            "versions": [env.python, env.torch, env.transformers],
+            "machine": [
+                env.platform, env.cpu, env.capability, env.cores, env.threads, env.device, env.backend,
+            ],
+        }  # fmt: skip
 
     def __str__(self) -> str:
         return f"{self.subject}" + (f" @ {self.budget}" if self.budget else "")

@@ -35,10 +35,15 @@ class Task:
         return self.context + self.question
 
     def correct(self, generated: str) -> bool:
-        """Exact match: the answer comes first and does not run on."""
-        rest = generated.strip()
-        follows = rest[len(self.answer) : len(self.answer) + 1]
-        return rest.startswith(self.answer) and not follows.isalnum()
+        """Exact match; see `answers`."""
+        return answers(generated, self.answer)
+
+
+def answers(generated: str, answer: str) -> bool:
+    """Whether the answer comes first and does not run on."""
+    rest = generated.strip()
+    follows = rest[len(answer) : len(answer) + 1]
+    return rest.startswith(answer) and not follows.isalnum()
 
 
 def number(rng: random.Random, digits: int = 5) -> str:
