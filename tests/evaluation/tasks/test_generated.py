@@ -127,6 +127,13 @@ def test_a_single_needle_stands_where_it_says(haystack: str) -> None:
         assert e.depth == pytest.approx(at, abs=0.15)
 
 
+def test_a_register_has_as_many_pairs_as_asked_for() -> None:
+    (e,) = make("key_value(pairs=20, examples=1)")
+    assert e.context.count("\n") == 21
+    whole = make("key_value(examples=1)")[0]
+    assert 1950 < words(whole.context) + words(whole.question) <= 2048
+
+
 def test_only_needles_of_one_place_have_a_depth() -> None:
     assert all(e.depth is not None for e in make("niah_multikey(length=300)"))
     assert all(e.depth is None for e in make("niah_multiquery(length=300)"))

@@ -51,6 +51,8 @@ def test_parameters_are_literals_by_name() -> None:
         ("needle(words=1)", "words must be bool, not 1"),
         ("needle(depth='x')", "depth must be float or None, not 'x'"),
         ("niah_single(value='x')", "value must be one of 'number', 'word', 'uuid', not 'x'"),
+        ("key_value(length=99, pairs=3)", "give length or pairs, not both"),
+        ("key_value(pairs=99999)", "pairs must be at most 3500"),
         ("common_words(often=3, seldom=3)", "often \\(3\\) must be above seldom \\(3\\)"),
     ],
 )

@@ -22,6 +22,7 @@ from kvloom.evaluation.tasks.base import (
 )
 from kvloom.testbed import phrases, tasks
 
+LENGTH = 2048
 MOST = len(phrases.WORDS) * len(phrases.THINGS)  # distinct keys
 
 
@@ -30,19 +31,28 @@ class KeyValue(Task):
     """A register, e.g. `key_value(length=1024)`.
 
     Attributes:
-        length: tokens of a prompt at most. depth: where the asked pair stands; None: spread evenly over
-            the examples. words: values are words, not five digits. examples: how many. seed: of all pairs.
+        length: tokens of a prompt at most; None: 2048, unless `pairs` says how many there are. pairs: None:
+            as many as there is room for. depth: where the asked pair stands; None: spread evenly over the
+            examples. words: values are words, not five digits. examples: how many. seed: of all pairs.
     """
 
     name = "key_value"
     family = "key_value"
     metric = "exact"
 
-    length: int = parameter(2048, least=LEAST)
+    length: int | None = parameter(None, least=LEAST)
+    pairs: int | None = parameter(None, least=1)
     depth: float | None = parameter(None, most=1)
     words: bool = False
     examples: int = parameter(8, least=1)
     seed: int = parameter(0, least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length is not None and self.pairs is not None:
+            raise ValueError(f"{self}: give length or pairs, not both")
+        if self.pairs is not None and self.pairs > MOST:
+            raise ValueError(f"{self}: pairs must be at most {MOST}, the number of keys")
 
     def make(self, measure: Measure, filler: str) -> list[Example]:
         """See `Task`."""
@@ -57,7 +67,7 @@ class KeyValue(Task):
             def size(pairs: int, of=task) -> int:
                 return prompt_tokens(measure, of(pairs).context, of(pairs).question)
 
-            found = task(fit_count(size, self.length, most=MOST))
+            found = task(self.pairs or fit_count(size, self.length or LENGTH, most=MOST))
             room = new_tokens(measure, found.answer)
             made.append(Example(found.context, found.question, (found.answer,), room, found.depth))
         return made
