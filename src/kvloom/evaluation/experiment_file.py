@@ -97,6 +97,7 @@ def _experiment(
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r}: one of {', '.join(SCALES)}")
     _known(given, _TOP, "the file")
+    title = _text(given, "title")
     shared = given.get("defaults", {}) | given.get(scale, {})
     every = set(SHARED) | {name for own in OPTIONS.values() for name in own}
     _known(shared, every, "defaults")
@@ -112,12 +113,12 @@ def _experiment(
         _known(step, {*SHARED, *OPTIONS["document"], *OPTIONS["task"]}, "fallback")
     experiment = Experiment(
         name=path.stem,
-        title=_text(given, "title"),
+        title=title,
         summary=given.get("summary", ""),
         source=path.name,
         scale=scale,
         outcomes=[Outcome(spec) for spec in specs],
-        claims=[_claim(c) for c in given.get("claim", [])],
+        claims=[_claim(c, {spec.name for spec in specs}) for c in given.get("claim", [])],
         figures=[_figure(f) for f in given.get("figure", [])],
     )
     return experiment, fallbacks
@@ -184,15 +185,17 @@ def _braces(text: str) -> Iterator[str]:
         yield from _braces(text[: found.start()] + part.strip() + text[found.end() :])
 
 
-def _claim(given: dict[str, Any]) -> Claim:
+def _claim(given: dict[str, Any], names: set[str]) -> Claim:
+    """A claim; its recipe as cells spell it, unless it is one of their names."""
     claim = Claim(**given)
     if claim.metric not in METRICS:
         raise ValueError(f"claim: metric {claim.metric!r}: one of {', '.join(METRICS)}")
-    return Claim(**(given | {"recipe": _canonical(claim.recipe), "value": float(claim.value)}))
+    recipe = claim.recipe if claim.recipe in names else _canonical(claim.recipe)
+    return Claim(**(given | {"recipe": recipe, "value": float(claim.value)}))
 
 
 def _canonical(recipe: str) -> str:
-    """A recipe's own text; a name as it is."""
+    """A recipe's own text; the name of a cell that this scale does not have, as it is."""
     try:
         return str(parse(recipe))
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import queue
@@ -42,15 +43,20 @@ class Worker:
         if answer.endswith("\n"):
             return Finished.from_json(answer)
         code = process.wait()
-        self._process = None
+        self.stop()
         return Finished(failed=_death(code))
 
     def stop(self) -> None:
         """End the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+                pipe.close()
 
 
 def _death(code: int) -> str:

@@ -1,0 +1,102 @@
+"""Experiments as text: grids, scales, names, braces, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvloom.evaluation.experiment_file import read
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
+HEAD = 'title = "A title"\n'
+GRID = HEAD + '[[grid]]\nname = "g"\nrecipes = ["int4"]\n'
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "e.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def specs(tmp_path: Path, text: str, **how: object) -> list:
+    return [o.spec for o in read(written(tmp_path, text), **how)[0].outcomes]
+
+
+def test_a_grid_crosses_texts_recipes_budgets_and_repeats(tmp_path: Path) -> None:
+    text = HEAD + (
+        '[defaults]\ntext = ["a", "b"]\n[[grid]]\nname = "g"\nrecipes = ["int4", "knorm"]\n'
+        'budgets = ["{50,25}%"]\nrepeats = 2\nseed = 7\n'
+    )
+    found = specs(tmp_path, text)
+    one = [("none", None), ("int4", None), ("knorm", "50%"), ("knorm", "25%")]
+    assert [(s.recipe, s.budget) for s in found] == one * 4
+    assert [(s.text, s.seed) for s in found[::4]] == [("a", 7), ("a", 8), ("b", 7), ("b", 8)]
+
+
+def test_scales_replace_defaults_and_what_a_grid_says(tmp_path: Path) -> None:
+    text = (
+        GRID
+        + 'quick = { tokens = 99 }\n[defaults]\nprefill = 30\n[quick]\nprefill = 20\n[paper]\nmodel = "big"\n'
+    )
+    (_, plain), (_, quick), (_, paper) = (
+        specs(tmp_path, text, scale=s) for s in ("testbed", "quick", "paper")
+    )
+    assert (plain.options["tokens"], plain.options["prefill"], plain.model) == (1024, 30, "testbed")
+    assert (quick.options["tokens"], quick.options["prefill"]) == (99, 20)
+    assert (paper.options["tokens"], paper.model) == (1024, "big")
+    assert {s.model for s in specs(tmp_path, text, scale="paper", model="mine")} == {"mine"}
+
+
+def test_phases_choose_grids(tmp_path: Path) -> None:
+    text = GRID + 'phase = 1\n[[grid]]\nname = "h"\nphase = 2\nrecipes = ["int8"]\n'
+    assert {s.grid for s in specs(tmp_path, text, phases=(2,))} == {"h"}
+    with pytest.raises(ValueError, match="no grid of phase 3"):
+        specs(tmp_path, text, phases=(3,))
+
+
+def test_names_braces_and_seeds(tmp_path: Path) -> None:
+    text = HEAD + (
+        '[[grid]]\nname = "g"\nseed = 3\nrecipes = ["strict: streaming_llm(sinks={2,4}, recent=60)", '
+        '"random(seed={seed})"]\nbudgets = ["25%"]\n'
+        '[[claim]]\nrecipe = "strict"\nmetric = "kl"\nvalue = 1\nwhere = "x"\n'
+    )
+    experiment, _ = read(written(tmp_path, text))
+    labels = [o.spec.label for o in experiment.outcomes]
+    assert labels == ["none", "strict", "strict", "random(seed=3) @ 25%"]
+    assert [len(experiment.claims_of(o)) for o in experiment.outcomes] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("title = 3", "'title' must be a text"),
+        (HEAD, "no grid"),
+        (GRID + "tokns = 3", "grid 'g' has no 'tokns'; did you mean 'tokens'"),
+        (GRID + 'tokens = "3"', "tokens is '3', not of type int"),
+        (GRID + 'kind = "dokument"', "kind 'dokument': one of"),
+        (GRID.replace("int4", "int5"), "int5"),
+        (GRID + 'budgets = ["most"]', "most"),
+        (GRID + "[[fallback]]\nprefil = 3", "fallback has no 'prefil'"),
+        (GRID + '[[claim]]\nrecipe="none"\nmetric="speed"\nvalue=1\nwhere="x"', "metric 'speed'"),
+        (GRID + '[[figure]]\ntitle = "x"', "it needs a kind"),
+        ("title", "e.toml"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(tmp_path: Path, text: str, words: str) -> None:
+    if "budgets" in text:
+        text = text.replace("int4", "knorm")
+    with pytest.raises(ValueError) as error:
+        read(written(tmp_path, text))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("scale", ["testbed", "quick", "paper"])
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_ours_can_be_read_and_every_claim_has_its_cell(path: Path, scale: str) -> None:
+    experiment, _ = read(path, scale)
+    claimed = {id(c) for o in experiment.outcomes for c in experiment.claims_of(o)}
+    lost = [c for c in experiment.claims if id(c) not in claimed]
+    assert scale == "quick" or not lost
+    grids = {o.spec.grid for o in experiment.outcomes}
+    assert {f.grid for f in experiment.figures} <= grids | {None}
