@@ -35,15 +35,15 @@ LEAST = -6  # power of ten below which shares of attention are one bin
 
 def draw_manifold(row: Manifold, tensors: dict[str, Tensor], folder: Path) -> list[Path]:
     """`manifold.png`, and with topics `transitions.png`."""
-    made = [(folder / "manifold.png", _planes(row, tensors))]
+    made = [(folder / "manifold.png", planes(row, tensors))]
     if row.topics:
-        made.append((folder / "transitions.png", _transitions(row, tensors)))
+        made.append((folder / "transitions.png", topic_transitions(row, tensors)))
     return _save(made)
 
 
 def draw_attention(row: Spectrum, tensors: dict[str, Tensor], folder: Path) -> list[Path]:
     """`attention.png`."""
-    return _save([(folder / "attention.png", _spectrum(row, tensors))])
+    return _save([(folder / "attention.png", energy(row, tensors))])
 
 
 def _save(made: list[tuple[Path, Figure]]) -> list[Path]:
@@ -55,7 +55,7 @@ def _save(made: list[tuple[Path, Figure]]) -> list[Path]:
 # -- where the keys lie --------------------------------------------------------------------------
 
 
-def _planes(row: Manifold, tensors: dict[str, Tensor]) -> Figure:
+def planes(row: Manifold, tensors: dict[str, Tensor]) -> Figure:
     """Above all keys, below centroids and the exact window; a column per projection."""
     columns = len(row.projections)
     figure = Figure(figsize=(1.5 + 4.6 * columns, 9.2), layout="constrained")
@@ -161,7 +161,7 @@ def _axis_labels(name: str, facts: dict[str, float]) -> tuple[str, str]:
     return f"{TITLES[name]} 1 (no unit)", f"{TITLES[name]} 2 (no unit)"
 
 
-def _transitions(row: Manifold, tensors: dict[str, Tensor]) -> Figure:
+def topic_transitions(row: Manifold, tensors: dict[str, Tensor]) -> Figure:
     """The nearest centroid of each token along the text; centroids by their topic, then by position."""
     nearest, topic = tensors["nearest"], tensors["topic"]
     main = _shades(row, tensors)[1]
@@ -208,7 +208,8 @@ def _transition_facts(row: Manifold) -> str:
 # -- attention -----------------------------------------------------------------------------------
 
 
-def _spectrum(row: Spectrum, tensors: dict[str, Tensor]) -> Figure:
+def energy(row: Spectrum, tensors: dict[str, Tensor]) -> Figure:
+    """Attention to centroids with and without their mass: along the text, over queries, by size."""
     figure = Figure(figsize=(13.5, 8), layout="constrained")
     panels = figure.subplots(2, 3)
     _along(panels[0, 0], tensors)

@@ -1,0 +1,106 @@
+"""Reads folders, makes every figure that their records ask for, and writes page and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvloom.evaluation.experiment import Experiment, Figure
+from kvloom.evaluation.report import facts, folders, kinds, style
+from kvloom.evaluation.report.blocks import Block, Note, Picture
+from kvloom.evaluation.report.data import Data, Missing
+from kvloom.evaluation.report.page import Chapter, Section, page
+
+NAME = "report.html"
+FIGURES = "figures"
+FORMATS = ("png", "svg")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written: the page, figures; and what could not be drawn, with the reason."""
+
+    page: Path
+    figures: list[Path]
+    missing: list[str]
+
+
+def build(given: Sequence[Path], out: Path) -> Made:
+    """Make the report of one or more folders in `out`.
+
+    Raises ValueError if a folder holds no results, OSError if `out` cannot be written.
+    """
+    chapters = [chapter(folders.load(folder), folder) for folder in given]
+    out.mkdir(parents=True, exist_ok=True)
+    figures = draw(chapters, out / FIGURES, FORMATS)
+    titles = ", ".join(c.experiment.title for c in chapters)
+    path = out / NAME
+    path.write_text(page(titles, chapters), encoding="utf-8")
+    missing = [f"{s.title}: {s.missing}" for c in chapters for s in c.sections if s.missing]
+    return Made(path, figures, missing)
+
+
+def chapter(experiment: Experiment, folder: Path) -> Chapter:
+    """All figures of one experiment; what stands in its head comes from the same rows."""
+    sections = [
+        part
+        for number, figure in enumerate(map(_titled, experiment.figures), 1)
+        for part in _sections(
+            experiment, figure, folder, f"{slug(experiment.name)}-{number:02d}-{slug(figure.kind)}"
+        )
+    ]
+    trouble, claims = facts.trouble(experiment), facts.claims(experiment)
+    head: list[Block] = []
+    if claims:
+        head += [Note("Claimed and measured:"), *claims]
+    if trouble:
+        head += [Note("Cells that failed, are missing, or ran otherwise than asked:"), *trouble]
+    return Chapter(experiment, sections, head)
+
+
+def _titled(figure: Figure) -> Figure:
+    """A figure without a title is called by its kind and grid."""
+    name = f"{figure.kind.capitalize()}{f' of {figure.grid}' if figure.grid else ''}"
+    return figure if figure.title else dataclasses.replace(figure, title=name)
+
+
+def _sections(experiment: Experiment, figure: Figure, folder: Path, stem: str) -> list[Section]:
+    try:
+        kind = kinds.check(figure)
+        data = Data.of(experiment, figure, folder)
+        parts = [data] if getattr(kind, "TOGETHER", False) else data.by_model()
+    except ValueError as error:
+        return [Section(figure.title, stem, missing=str(error))]
+    found = []
+    for number, part in enumerate(parts):
+        at = stem if len(parts) == 1 else f"{stem}-{number + 1}"
+        try:
+            found.append(Section(part.figure.title, at, kind.make(part)))
+        except Missing as error:
+            found.append(Section(part.figure.title, at, missing=str(error)))
+        except ValueError as error:  # options that make no sense
+            found.append(Section(part.figure.title, at, missing=f"{figure.kind}: {error}"))
+    return found
+
+
+def draw(chapters: Sequence[Chapter], folder: Path, formats: Sequence[str]) -> list[Path]:
+    """Write every picture into a folder, in each format."""
+    made = []
+    for section in (s for c in chapters for s in c.sections):
+        for block in section.blocks:
+            if isinstance(block, Picture):
+                folder.mkdir(parents=True, exist_ok=True)
+                made += style.save(block.figure, folder, stem_of(section, block), formats)
+    return made
+
+
+def stem_of(section: Section, picture: Picture) -> str:
+    return f"{section.stem}-{slug(picture.name)}" if picture.name else section.stem
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name or an id."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "report"

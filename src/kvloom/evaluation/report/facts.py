@@ -1,0 +1,122 @@
+"""What an experiment measured, with what, what was claimed, and what came to nothing, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvloom.evaluation.experiment import Experiment, Outcome
+from kvloom.evaluation.metrics import METRICS
+from kvloom.evaluation.report.blocks import Block, Entry, Note, Table, measured
+from kvloom.evaluation.report.data import ANALYSES, Cell
+from kvloom.evaluation.results import Row
+
+SCALES = {
+    "quick": " This is its quick version, which shows that it runs rather than what it finds.",
+    "paper": " This is the published scale: the published models, texts and sizes.",
+}
+
+
+def sentences(experiment: Experiment) -> list[str]:
+    """Summary, size, where it ran."""
+    outcomes = experiment.outcomes
+    done = [o for o in outcomes if o.row is not None]
+    finished = len(done) + sum(1 for o in outcomes if o.key and o.spec.kind in ANALYSES)
+    said = [experiment.summary] if experiment.summary else []
+    size = f"{finished} of {len(outcomes)} cells measured"
+    failed, odd = [o for o in outcomes if o.failed], [o for o in outcomes if o.fallback]
+    size += f", {len(failed)} failed" if failed else ""
+    size += f", {len(odd)} fell back to something smaller" if odd else ""
+    scale = SCALES.get(experiment.scale, "")
+    said.append(f"From {experiment.source}: {size}.{scale}")
+    kinds = {o.spec.synthetic for o in outcomes}
+    if True in kinds:
+        said.append(
+            "Data: synthetic." if kinds == {True} else "Data: some synthetic; tables say which."
+        )
+    return [*said, *_machines(done)]
+
+
+def _machines(done: Sequence[Outcome]) -> list[str]:
+    """Models, texts and machines of the rows, each once."""
+    models, texts, machines = {}, {}, {}
+    for outcome in done:
+        row = outcome.row
+        assert row is not None
+        m, e = row.model, row.environment
+        models[m.sha256] = (
+            f"{m.name} ({m.type}, {m.parameters:,} parameters, {m.layers} layers x {m.kv_heads} KV heads x "
+            f"{m.head_dim}, {m.dtype})"
+        )
+        if isinstance(row, Row):
+            p = row.protocol
+            texts[f"{row.text.name}, {p.tokens:,} tokens, the first {p.prefill:,} at once"] = True
+        backend = f", {e.backend}" if e.backend else ""
+        machines[
+            f"{e.cpu}, {e.cores} cores, {e.threads} {'thread' if e.threads == 1 else 'threads'}, {e.device}{backend}; kvloom "
+            f"{e.git or e.kvloom}, torch {e.torch}, transformers {e.transformers}"
+        ] = True
+    said = [f"Models: {'; '.join(models.values())}."] if models else []
+    said += [f"Texts: {'; '.join(texts)}."] if 0 < len(texts) <= 6 else []
+    return said + ([f"Measured on: {'; '.join(machines)}."] if machines else [])
+
+
+def claims(experiment: Experiment) -> list[Block]:
+    """Every published figure beside ours; without a cell that measures the same, that is said."""
+    if not experiment.claims:
+        return []
+    rows = []
+    for claim in experiment.claims:
+        metric = METRICS[claim.metric]
+        cells = _cells(o for o in experiment.outcomes if claim in experiment.claims_of(o))
+        found = [(c, s) for c in cells if (s := c.summary(claim.metric)) is not None]
+        published = Entry(metric.show(claim.value), value=claim.value)
+        head = [Entry(claim.recipe), Entry(claim.budget or ""), Entry(metric.label)]
+        for cell, mean in found:
+            ours = measured(claim.metric, mean, cell.keys(claim.metric))
+            at = " · ".join(
+                x for x in (cell.spec.budget or "", cell.spec.text or cell.spec.task or "") if x
+            )
+            rows.append([*head, Entry(at), Entry(claim.where), published, ours])
+        if not found:
+            rows.append([*head, Entry(""), Entry(claim.where), published, Entry("not measured")])
+    columns = ["recipe", "budget", "metric", "measured at", "published in", "published", "measured"]
+    return [
+        Table(columns, rows, words=5),
+        Note(
+            "Published figures are of the model and machine named there; ours are of this page's."
+        ),
+    ]
+
+
+def _cells(outcomes: Any) -> list[Cell]:
+    found: dict[tuple, list[Outcome]] = {}
+    for o in outcomes:
+        s = o.spec
+        found.setdefault((s.grid, s.recipe, s.budget, s.model, s.text, s.task), []).append(o)
+    return [Cell(held[0].spec, tuple(held)) for held in found.values()]
+
+
+def trouble(experiment: Experiment) -> list[Block]:
+    """Cells that failed, that are missing, and that ran otherwise than asked."""
+    rows = []
+    for o in experiment.outcomes:
+        spec = o.spec
+        if spec.kind in ANALYSES and o.key and not o.fallback:
+            continue
+        if o.failed:
+            what = f"failed: {o.failed}"
+        elif o.row is None:
+            what = "not measured" if o.key is None else "its row is not in the file of rows"
+        elif not o.fallback:
+            continue
+        else:
+            what = "measured"
+        changed = ", ".join(f"{k} = {v}" for k, v in (o.fallback or {}).items())
+        keys = () if o.row is None else (o.row.key,)
+        rows.append([
+            Entry(spec.grid), Entry(spec.name or spec.recipe), Entry(spec.budget or ""), Entry(spec.text or spec.task or ""),
+            Entry(changed), Entry(what, keys=keys),
+        ])  # fmt: skip
+    columns = ["grid", "recipe", "budget", "on", "changed so that it ran", "outcome"]
+    return [Table(columns, rows, words=5)] if rows else []

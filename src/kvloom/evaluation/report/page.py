@@ -1,0 +1,155 @@
+"""One HTML page that needs nothing beside it: images, style and script are in it, and nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+from kvloom.evaluation.experiment import Experiment
+from kvloom.evaluation.metrics import AnyRow
+from kvloom.evaluation.report import facts, rows, style
+from kvloom.evaluation.report.blocks import Block, Entry, Markup, Note, Picture, Table
+from kvloom.evaluation.report.html import Html, join, single, tag
+
+HEAVY = 600_000  # bytes of SVG above which the page holds a PNG instead
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure of an experiment as it was made. `missing`: why it was not."""
+
+    title: str
+    stem: str
+    blocks: Sequence[Block] = ()
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One experiment. `others`: figures of analyses that its folder holds besides."""
+
+    experiment: Experiment
+    sections: Sequence[Section]
+    facts: Sequence[Block] = field(default=())
+
+
+def page(title: str, chapters: Sequence[Chapter]) -> Html:
+    """The whole page."""
+    here = Path(__file__).parent
+    style_, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    head = tag(
+        "head",
+        single("meta", charset="utf-8"),
+        single("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        single("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        single("link", rel="icon", href="data:,"),
+        tag("title", title),
+        tag("style", Html(style_)),
+    )
+    body = [tag("h1", title), _contents(chapters)]
+    for number, chapter in enumerate(chapters):
+        body += _chapter(number, chapter)
+    held: list[AnyRow] = [
+        o.row for c in chapters for o in c.experiment.outcomes if o.row is not None
+    ]
+    body += [
+        tag("h2", "Rows", id="rows"),
+        tag(
+            "p",
+            "What every number above comes from. A number leads to its row, or to all that it is a mean of.",
+        ),
+        rows.section(held),
+        tag("script", Html(script)),
+    ]
+    whole = tag("html", head, tag("body", join(*body)), lang="en")
+    return Html(f"<!doctype html>\n{whole}\n")
+
+
+def _contents(chapters: Sequence[Chapter]) -> Html:
+    links = []
+    for number, chapter in enumerate(chapters):
+        links.append(tag("a", chapter.experiment.title, href=f"#part-{number}"))
+        links += [
+            tag("a", section.title, href=f"#{section.stem}", class_="deeper")
+            for section in chapter.sections
+        ]
+    return tag("nav", *links, tag("a", "Rows", href="#rows"))
+
+
+def _chapter(number: int, chapter: Chapter) -> list[Html]:
+    experiment = chapter.experiment
+    made = [tag("h2", experiment.title, id=f"part-{number}")]
+    made += [tag("p", text) for text in facts.sentences(experiment)]
+    made += [block(b) for b in chapter.facts]
+    for section in chapter.sections:
+        made.append(tag("h3", section.title, id=section.stem))
+        if section.missing:
+            made.append(tag("p", f"Not drawn: {section.missing}.", class_="absent"))
+        made += [block(b) for b in section.blocks]
+    return made
+
+
+def block(given: Block) -> Html:
+    """A table, picture or sentence as HTML."""
+    if isinstance(given, Table):
+        return _table(given)
+    if isinstance(given, Picture):
+        return tag("figure", single("img", src=inline(given), alt=given.alt))
+    if isinstance(given, Markup):
+        return Html(given.html)
+    assert isinstance(given, Note)
+    return tag("p", given.text, class_="note")
+
+
+def inline(picture: Picture) -> str:
+    """A picture as a `data:` address: SVG, or PNG where that would be heavy."""
+    held = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": picture.alt}):
+        picture.figure.savefig(held, format="svg", metadata={"Date": None})
+    kind = "svg+xml"
+    if held.tell() > HEAVY:
+        held, kind = io.BytesIO(), "png"
+        picture.figure.savefig(held, format="png", dpi=style.DPI)
+    return f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def _table(table: Table) -> Html:
+    heads = [
+        tag(
+            "th",
+            name,
+            scope="col",
+            tabindex="0",
+            class_="sorts" + (" number" if i >= table.words else ""),
+        )
+        for i, name in enumerate(table.columns)
+    ]
+    lines = [
+        tag(
+            "tr",
+            *(_entry(entry, i >= table.words, table.columns[i]) for i, entry in enumerate(line)),
+        )
+        for line in table.rows
+    ]
+    inside = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *lines))
+    whole = tag("div", inside, class_="wide")
+    return tag("details", tag("summary", "The numbers"), whole) if table.folded else whole
+
+
+def _entry(entry: Entry, number: bool, column: str) -> Html:
+    shown: str = tag("code", entry.text) if column == "recipe" else entry.text
+    if entry.keys:
+        ids = [rows.anchor(key) for key in entry.keys]
+        several = " ".join(ids) if len(ids) > 1 else None
+        shown = tag("a", entry.text, href=f"#{ids[0]}", data_rows=several)
+    detail = [tag("small", entry.detail)] if entry.detail else []
+    value = None if entry.value is None or entry.value != entry.value else f"{entry.value:.12g}"
+    if value in ("inf", "-inf"):
+        value = value.replace("inf", "Infinity")
+    return tag("td", shown, *detail, class_="number" if number else None, data_value=value)
