@@ -16,6 +16,7 @@ from rich.table import Table
 from kvloom.cli import analyze
 from kvloom.cli._console import console, one_line_errors
 from kvloom.core import registry
+from kvloom.evaluation import settings
 from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Protocol
 
@@ -204,6 +205,7 @@ def run(
 ) -> None:
     """Run an experiment: every cell that has no row yet; an interrupted one goes on."""
     with one_line_errors():
+        settings.load_dotenv(Path.cwd())  # before transformers reads the environment
         from kvloom.cli import run as command
 
         if quick and paper:

@@ -27,7 +27,8 @@
     grid = "main"
     columns = ["perplexity", "ratio"]
 
-`{a,b}` within a recipe, a budget or a task stands for each of these; `{seed}` for the repeat's seed.
+`{a,b}` within a recipe, a budget or a task stands for each of these; `{seed}` for the repeat's seed;
+`${NAME}` and `${NAME:-default}` anywhere for a variable of the environment.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from typing import Any
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation.experiment import Claim, Experiment, Figure, Outcome, Spec
 from kvloom.evaluation.metrics import METRICS
+from kvloom.evaluation.settings import filled
 from kvloom.evaluation.subjects import Cell, cells_of, parse
 
 if sys.version_info >= (3, 11):
@@ -77,8 +79,8 @@ def read(
     """The experiment of a file, nothing measured yet, and what to try when memory runs out.
 
     Args:
-        scale: `"testbed"`, as it stands; `"quick"` or `"paper"`: with what these sections replace. model: instead of every model that the file names. phases: only grids
-            of these; all if empty.
+        scale: `"testbed"`, as it stands; `"quick"` or `"paper"`: with what these sections replace.
+        model: instead of every model that the file names. phases: only grids of these; all if empty.
 
     Raises ValueError, naming the file and what is wrong, on anything that is not as above.
     """
@@ -94,6 +96,8 @@ def read(
 def _experiment(
     given: dict[str, Any], path: Path, scale: str, model: str | None, phases: tuple[int, ...]
 ) -> tuple[Experiment, list[dict[str, Any]]]:
+    unused = {*SCALES} - {scale}
+    given = filled(_without(given, unused))
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r}: one of {', '.join(SCALES)}")
     _known(given, _TOP, "the file")
@@ -122,6 +126,15 @@ def _experiment(
         figures=[_figure(f) for f in given.get("figure", [])],
     )
     return experiment, fallbacks
+
+
+def _without(given: dict[str, Any], scales: set[str]) -> dict[str, Any]:
+    """A file without what it says for these scales: their variables may not be set."""
+    kept = {k: v for k, v in given.items() if k not in scales}
+    grids = kept.get("grid")
+    if isinstance(grids, list):
+        kept["grid"] = [{k: v for k, v in g.items() if k not in scales} for g in grids]
+    return kept
 
 
 def _specs(grid: dict[str, Any], shared: dict[str, Any], model: str | None) -> Iterator[Spec]:
