@@ -78,7 +78,7 @@ class Prepared:
             sha256=self.sha256,
             examples=len(self.asked),
             tokens=self.tokens,
-            prompts=self.task.prompts,
+            prompts=self.task.wording,
             view=self.view,
             prefill_chunk=chunk,
         )

@@ -104,22 +104,31 @@ def plant(text: str, statements: Sequence[str], depths: Sequence[float]) -> str:
 def fit(text: str, room: int, measure: Measure) -> str:
     """A prefix of ``text``, cut between words, that measures just under ``room``.
 
-    By interpolation, within a hundredth: measuring may mean tokenising, so few measurements count
-    more than the last words.
+    Within a hundredth: few measurements count more than the last words.
     """
-    low, low_size, high = 0, 0, min(len(text), max(0, room) * 12)
-    high_size = measure(text[:high])
+    high = min(len(text), max(0, room) * 12)
+    cut = longest(lambda n: measure(text[:n]), high, room)
+    return text[:cut] if cut == high else text[:cut].rpartition(" ")[0]
+
+
+def longest(size: Callable[[int], int], most: int, room: int) -> int:
+    """The largest ``n`` up to ``most`` with ``size(n) <= room``, where sizes grow with ``n``.
+
+    By interpolation, within a hundredth, since taking a size may mean tokenising.
+    """
+    low, low_size, high = 0, 0, most
+    high_size = size(high)
     if high_size <= room:
-        return text[:high]
+        return high
     while high - low > 1 and room - low_size > room / 100:
         guess = low + (high - low) * (room - low_size) // (high_size - low_size)
         cut = min(max(guess, low + 1), high - 1)
-        size = measure(text[:cut])
-        if size <= room:
-            low, low_size = cut, size
+        taken = size(cut)
+        if taken <= room:
+            low, low_size = cut, taken
         else:
-            high, high_size = cut, size
-    return text[:low].rpartition(" ")[0]
+            high, high_size = cut, taken
+    return low
 
 
 def _gap(text: str, at: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from kvloom.evaluation.tasks.base import Measure
 from kvloom.testbed import phrases
-from kvloom.testbed.tasks import fit
+from kvloom.testbed.tasks import fit, longest
 
 # the noise of the pass-key task (Mohtashami & Jaggi, arXiv:2305.16300), which RULER took over
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -76,3 +76,27 @@ def prompt_tokens(measure: Measure, *pieces: str) -> int:
 def lines_of(items: Sequence[str]) -> str:
     """One item per line."""
     return "".join(f"{item}\n" for item in items)
+
+
+def cut_middle(context: str, question: str, length: int, measure: Measure) -> tuple[str, str]:
+    """Context and question without so much of the middle of both together that `length` tokens stay.
+
+    Half of what stays is before the cut, half behind it: the cut is in the context, unless the question
+    alone is longer than half.
+    """
+    if measure(context) + measure(question) <= length:
+        return context, question
+    n, asked = len(context), measure(question)
+    head = length // 2
+    tail = length - head
+    if asked > tail:
+        kept = longest(lambda k: measure(question[len(question) - k :]), len(question), tail)
+        return context[: longest(lambda k: measure(context[:k]), n, head)], question[-kept:]
+    behind = longest(lambda k: measure(context[n - k :]), n, tail - asked)
+    while True:  # tokens may merge otherwise where both parts meet
+        before = longest(lambda k: measure(context[:k]), n, head)
+        cut = context[:before] + context[n - behind :]
+        over = measure(cut) + asked - length
+        if over <= 0:
+            return cut, question
+        head -= over

@@ -83,7 +83,7 @@ class Task(ABC):
         """How good an answer is, 0 to 1."""
 
     @property
-    def prompts(self) -> str:
+    def wording(self) -> str:
         """Whose wording: `"kvloom"`, or `"sha256:..."` of the file that gave it."""
         return "kvloom"
 

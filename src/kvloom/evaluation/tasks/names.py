@@ -56,9 +56,13 @@ def parse(text: str) -> Task:
                 f"task {text!r}: {name} has no parameter {parameter!r}"
                 f"{_hint(parameter, parameters)} (it has: {', '.join(parameters)})"
             )
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    missing = [parameter for parameter in needed if parameter not in given]
+    if missing:
+        raise ValueError(f"task {text!r}: {name} needs {' and '.join(missing)}")
     try:
         return cls(**given)
-    except (TypeError, ValueError) as error:  # TypeError: a parameter that it needs is missing
+    except ValueError as error:
         raise ValueError(f"task {text!r}: {error}") from None
 
 
@@ -76,6 +80,8 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ValueError(f"task {text!r}: {rule}")
+        if keyword.arg in given:
+            raise ValueError(f"task {text!r}: {keyword.arg} is given twice")
         try:
             given[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError):
