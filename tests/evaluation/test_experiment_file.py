@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvloom.evaluation import settings
 from kvloom.evaluation.experiment_file import read
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
@@ -93,10 +94,32 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, words: str) -> None:
 
 @pytest.mark.parametrize("scale", ["testbed", "quick", "paper"])
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_ours_can_be_read_and_every_claim_has_its_cell(path: Path, scale: str) -> None:
+def test_ours_can_be_read_and_every_claim_has_its_cell(
+    path: Path, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LONGBENCH", "LONGBENCH_PROMPTS", "GSM8K"):
+        monkeypatch.setenv(name, "somewhere")
     experiment, _ = read(path, scale)
     claimed = {id(c) for o in experiment.outcomes for c in experiment.claims_of(o)}
     lost = [c for c in experiment.claims if id(c) not in claimed]
     assert scale == "quick" or not lost
     grids = {o.spec.grid for o in experiment.outcomes}
     assert {f.grid for f in experiment.figures} <= grids | {None}
+
+
+def test_variables_come_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        GRID
+        + 'tokens = "${TOKENS:-777}"\ntext = "${BOOKS}/one.txt"\n[grid.paper]\nmodel = "${UNSET}"\n'
+    )
+    with pytest.raises(ValueError, match=r"\$\{BOOKS\}: BOOKS is not set"):
+        specs(tmp_path, text)
+    (tmp_path / ".env").write_text("BOOKS=/books\nTOKENS=1\n")
+    monkeypatch.setenv("TOKENS", "99")
+    monkeypatch.delenv("BOOKS", raising=False)
+    assert settings.load_dotenv(tmp_path) == ["BOOKS"]
+    monkeypatch.setenv("BOOKS", "/books")  # so that it is taken back after the test
+    first = specs(tmp_path, text)[0]
+    assert (first.options["tokens"], first.text) == (99, "/books/one.txt")

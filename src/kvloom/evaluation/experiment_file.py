@@ -100,11 +100,11 @@ def _experiment(
     given = filled(_without(given, unused))
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r}: one of {', '.join(SCALES)}")
-    _known(given, _TOP, "the file")
+    known(given, _TOP, "the file")
     title = _text(given, "title")
     shared = given.get("defaults", {}) | given.get(scale, {})
     every = set(SHARED) | {name for own in OPTIONS.values() for name in own}
-    _known(shared, every, "defaults")
+    known(shared, every, "defaults")
     specs: list[Spec] = []
     for grid in given.get("grid", []):
         own = grid | grid.get(scale, {})
@@ -114,7 +114,7 @@ def _experiment(
         raise ValueError(f"no grid of phase {', '.join(map(str, phases))}" if phases else "no grid")
     fallbacks = given.get("fallback", [])
     for step in fallbacks:
-        _known(step, {*SHARED, *OPTIONS["document"], *OPTIONS["task"]}, "fallback")
+        known(step, {*SHARED, *OPTIONS["document"], *OPTIONS["task"]}, "fallback")
     experiment = Experiment(
         name=path.stem,
         title=title,
@@ -140,12 +140,9 @@ def _without(given: dict[str, Any], scales: set[str]) -> dict[str, Any]:
 def _specs(grid: dict[str, Any], shared: dict[str, Any], model: str | None) -> Iterator[Spec]:
     """The cells of a grid, in the order of its lists, repeats innermost."""
     name, kind = _text(grid, "name"), grid.get("kind", "document")
-    if kind not in OPTIONS:
-        raise ValueError(f"grid {name!r}: kind {kind!r}: one of {', '.join(OPTIONS)}")
-    _known(grid, {*_GRID, *SHARED, *OPTIONS[kind]}, f"grid {name!r}")
-    options = OPTIONS[kind] | {k: v for k, v in shared.items() if k in OPTIONS[kind]}
-    options |= {k: v for k, v in grid.items() if k in OPTIONS[kind]}
-    _same_types(options, OPTIONS[kind], name)
+    if kind in OPTIONS:
+        known(grid, {*_GRID, *SHARED, *OPTIONS[kind]}, f"grid {name!r}")
+    options = options_of(shared | grid, kind, f"grid {name!r}")
     made = SHARED | {k: v for k, v in (shared | grid).items() if k in SHARED}
     if model:
         made["model"] = model
@@ -230,14 +227,22 @@ def _text(given: dict[str, Any], name: str) -> str:
     return value
 
 
-def _same_types(options: dict[str, Any], defaults: dict[str, Any], grid: str) -> None:
+def options_of(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """The options of a kind of cell, those given and defaults. Raises ValueError on an unknown kind or a
+    value of another type.
+    """
+    if kind not in OPTIONS:
+        raise ValueError(f"{where}: kind {kind!r}: one of {', '.join(OPTIONS)}")
+    options = OPTIONS[kind] | {k: v for k, v in given.items() if k in OPTIONS[kind]}
     for name, value in options.items():
-        if type(value) is not type(defaults[name]):
-            wanted = type(defaults[name]).__name__
-            raise ValueError(f"grid {grid!r}: {name} is {value!r}, not of type {wanted}")
+        wanted = type(OPTIONS[kind][name])
+        if type(value) is not wanted:
+            raise ValueError(f"{where}: {name} is {value!r}, not of type {wanted.__name__}")
+    return options
 
 
-def _known(given: dict[str, Any], names: set[str], where: str) -> None:
+def known(given: dict[str, Any], names: set[str], where: str) -> None:
+    """Raise ValueError if a table has a name that is not one of these."""
     for name in given:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
