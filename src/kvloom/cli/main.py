@@ -234,6 +234,27 @@ def report(
         command.run(folders, out, console())
 
 
+@app.command()
+def tune(
+    search: Annotated[Path, typer.Argument(help="A file like those in experiments/tune/.")],
+    trials: Annotated[
+        int, typer.Option(min=1, help="Candidates in all, those of earlier runs included.")
+    ] = 40,
+    quick: Annotated[bool, typer.Option("--quick", help="Its quick version.")] = False,
+    model: Annotated[str | None, typer.Option(help="Instead of the file's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for study, rows and table; default: results/tune-NAME.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
+) -> None:
+    """Search recipes: the smallest cache within a quality limit, or the best one within so many bytes."""
+    with one_line_errors():
+        settings.load_dotenv(Path.cwd())
+        from kvloom.cli import tune as command
+
+        command.run(search, trials, quick, model, out, seed, console())
+
+
 @app.command("list")
 def list_policies() -> None:
     """Everything that can stand in a recipe, by kind, and the presets."""
