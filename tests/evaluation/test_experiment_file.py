@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,9 @@ def test_ours_can_be_read_and_every_claim_has_its_cell(
     lost = [c for c in experiment.claims if id(c) not in claimed]
     assert scale == "quick" or not lost
     grids = {o.spec.grid for o in experiment.outcomes}
-    assert {f.grid for f in experiment.figures} <= grids | {None}
+    for figure in experiment.figures:
+        kind = import_module(f"kvloom.evaluation.report.kinds.{figure.kind}")
+        assert figure.grid in grids | {None} and set(figure.options) <= set(kind.OPTIONS)
 
 
 def test_variables_come_from_the_environment(

@@ -146,7 +146,8 @@ def _specs(grid: dict[str, Any], shared: dict[str, Any], model: str | None) -> I
     made = SHARED | {k: v for k, v in (shared | grid).items() if k in SHARED}
     if model:
         made["model"] = model
-    axes = [_expanded(made[axis]) for axis in _LISTS]
+    unused = "text" if kind == "task" else "task"
+    axes = [[""] if axis == unused else _expanded(made[axis]) for axis in _LISTS]
     for (m, text, task), repeat in itertools.product(itertools.product(*axes), range(made["repeats"])):  # fmt: skip
         seed = made["seed"] + repeat
         for cell, called in _cells(grid, seed, kind).items():
