@@ -1,4 +1,4 @@
-"""`kvloom analyze`: what merging does to the keys of one head, and to the attention that they get."""
+"""`kvloom analyze`: what merging does to keys and attention of one head, and what became of each token."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from kvloom.evaluation.manifold import Manifold
     from kvloom.evaluation.spectrum import Spectrum
 
-app = typer.Typer(no_args_is_help=True, help="Look into one head of a cache with centroids.")
+app = typer.Typer(no_args_is_help=True, help="Look into a compressed cache.")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What both commands are asked for: every field is an option of each."""
+    """What manifold and attention are asked for: every field is an option of each."""
 
     model: Annotated[
         str, typer.Option(help="A folder, a hub name, or 'testbed', the bundled model.")
@@ -139,6 +139,50 @@ def attention(
     draw_attention(out, console())
 
 
+@app.command()
+def tokens(
+    model: Annotated[
+        str, typer.Option(help="A folder, a hub name, or 'testbed', the bundled model.")
+    ] = "testbed",
+    recipe: Annotated[
+        str, typer.Option(help="Any recipe, e.g. 'snapkv | int4'.")
+    ] = "snapkv | int4",
+    budget: Annotated[
+        str | None, typer.Option(help="Its budget: '25%', '1024tok' or '512MiB'.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="As for compare.")] = "stdlib",
+    length: Annotated[int, typer.Option(min=1, help="Tokens of text.")] = 1024,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward; 1: one by one.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for row, data and figure.")] = Path(
+        "results/tokens"
+    ),
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, mps; auto: an accelerator if there is one.")
+    ] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Write into --out although it is not empty.")
+    ] = False,
+    draw_only: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Draw the figure of finished results again."),
+    ] = None,
+) -> None:
+    """Which tokens each head kept, merged or dropped, and at which precision it holds them."""
+    with one_line_errors():
+        from kvloom.evaluation import analysis_rows, compare, texts, token_map
+
+        if draw_only is None:
+            analysis_rows.check_folder(out, force)
+            loaded, tokenizer = compare.load_model(model, dtype, device)
+            document = texts.load(text, tokenizer, length)
+            row, tensors = token_map.analyze(
+                loaded, model, tokenizer, recipe, budget, document, chunk
+            )
+            analysis_rows.save(row, tensors, out, token_map.NAME)
+        draw_tokens(draw_only or out, console())
+
+
 def _case(options: Options, texts: list[str], passage: int | None) -> Case:
     """What is asked for, loaded and checked; `passage`: tokens of each text in turn, if they are topics."""
     from kvloom.evaluation import analysis, compare, topics
@@ -179,6 +223,19 @@ def draw_attention(folder: Path, out: Console) -> None:
     row, tensors = spectrum.load(folder)
     out.print(_attention_words(row), markup=False)
     _tell(folder, spectrum.NAME, analysis_figures.draw_attention, row, tensors, out)
+
+
+def draw_tokens(folder: Path, out: Console) -> None:
+    """Draw the figure of a folder's token map, and tell what it holds."""
+    from kvloom.evaluation import token_figures, token_map
+
+    row, tensors = token_map.load_map(folder)
+    out.print(
+        f"{row.text.tokens} tokens in {len(row.layers)} layers of {row.heads} KV heads: {row.kept} kept, "
+        f"{row.merged} merged, {row.dropped} dropped",
+        markup=False,
+    )
+    _tell(folder, token_map.NAME, token_figures.draw, row, tensors, out)
 
 
 def _tell(

@@ -47,7 +47,7 @@ def chapter(experiment: Experiment, folder: Path) -> Chapter:
     """All figures of one experiment; what stands in its head comes from the same rows."""
     sections = [
         part
-        for number, figure in enumerate(map(_titled, experiment.figures), 1)
+        for number, figure in enumerate(map(_titled, folders.with_analyses(experiment, folder)), 1)
         for part in _sections(
             experiment, figure, folder, f"{slug(experiment.name)}-{number:02d}-{slug(figure.kind)}"
         )

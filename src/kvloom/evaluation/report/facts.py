@@ -28,7 +28,8 @@ def sentences(experiment: Experiment) -> list[str]:
     size += f", {len(failed)} failed" if failed else ""
     size += f", {len(odd)} fell back to something smaller" if odd else ""
     scale = SCALES.get(experiment.scale, "")
-    said.append(f"From {experiment.source}: {size}.{scale}")
+    if outcomes:
+        said.append(f"From {experiment.source}: {size}.{scale}")
     kinds = {o.spec.synthetic for o in outcomes}
     if True in kinds:
         said.append(

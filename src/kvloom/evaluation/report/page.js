@@ -23,6 +23,14 @@ function show(ids) {
   for (const row of found) { row.open = true; row.classList.add("found"); }
   if (found.length) found[0].scrollIntoView({ block: "center" });
 }
+function paint(choice) {
+  const words = choice.closest(".map").querySelectorAll(".tokens span"), chosen = choice.selectedOptions[0];
+  words.forEach((word, i) => {
+    word.dataset.all ??= word.getAttribute("style") ?? "";
+    word.setAttribute("style", chosen.dataset.tiers ? JSON.parse(choice.dataset.looks)[chosen.dataset.tiers[i]] : word.dataset.all);
+  });
+}
+document.addEventListener("change", (event) => { if (event.target.matches(".map select")) paint(event.target); });
 document.addEventListener("click", (event) => {
   const head = event.target.closest("th.sorts");
   if (head) sortBy(head);
