@@ -157,12 +157,14 @@ def test_answers_equal_a_loop_by_hand(view: str, chunk: int) -> None:
     dense = []
     for asked, answer in zip(task.asked, answers, strict=True):
         cache = CompressedCache(model, "h2o", "40tok")
-        first = asked.context if view == "blind" else torch.cat([asked.context, asked.question])
+        first, rest = asked.context, asked.question
+        if view == "sighted":
+            first, rest = torch.cat([first, rest[:-1]]), rest[-1:]
         for part in first.split(chunk or len(first)):
             logits = model(part[None], past_key_values=cache).logits
-        dense.append(cache.stats().dense_nbytes)
-        if view == "blind":
-            logits = model(asked.question[None], past_key_values=cache).logits
+        before = cache.stats().dense_nbytes
+        logits = model(rest[None], past_key_values=cache).logits
+        dense.append(before if view == "blind" else cache.stats().dense_nbytes)
         ids = []
         for _ in range(6):
             ids.append(int(logits[0, -1].argmax()))

@@ -1,7 +1,8 @@
 """Answers to a task's examples, generated greedily through a compressed cache.
 
 `blind`: the context goes in and is compressed before the question is seen; `sighted`: the question is in
-view. Both feed the same tokens: those of the context, then those of the question.
+view. Both feed the same tokens: those of the context, then those of the question. In view, the last of them
+goes in by itself, so that the first token of an answer, too, is read through the compressed cache.
 """
 
 from __future__ import annotations
@@ -157,6 +158,13 @@ def answer(model: Any, tokenizer: Any, decoder: Decoder, logits: Tensor, example
     return str(tokenizer.decode(ids))
 
 
+def read(decoder: Decoder, prompt: Tensor, chunk: int = 0) -> Tensor:
+    """Feed a prompt `[n]`; logits `[1, V]` of its last token, which goes in after all else was compressed."""
+    if len(prompt) > 1:
+        feed_prompt(decoder, prompt[:-1], chunk)
+    return decoder.feed(prompt[-1:])
+
+
 def greedy(
     decoder: Decoder, logits: Tensor, limit: int, ends: frozenset[int] = frozenset(),
     stop: Callable[[list[int]], bool] | None = None,
@@ -200,10 +208,16 @@ class _Filled:
 
 def _read(decoder: Decoder, asked: Asked, view: str, chunk: int) -> tuple[Tensor, _Filled]:
     """Feed context and question; logits of the last token, and what the cache held (see `Held`)."""
-    prompt = asked.context if view == "blind" else torch.cat([asked.context, asked.question])
-    logits = feed_prompt(decoder, prompt, chunk)
-    held = _Filled(decoder.nbytes(), decoder.other_nbytes(), final(decoder))
-    return (decoder.feed(asked.question) if view == "blind" else logits), held
+    if view == "sighted":
+        logits = read(decoder, torch.cat([asked.context, asked.question]), chunk)
+        return logits, _filled(decoder)
+    feed_prompt(decoder, asked.context, chunk)
+    held = _filled(decoder)
+    return decoder.feed(asked.question), held
+
+
+def _filled(decoder: Decoder) -> _Filled:
+    return _Filled(decoder.nbytes(), decoder.other_nbytes(), final(decoder))
 
 
 def _held(filled: list[_Filled], budget: Budget | None, peak: int) -> Held:
