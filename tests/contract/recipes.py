@@ -6,6 +6,7 @@ with modes, or whose defaults do nothing, add texts to `VARIANTS`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,6 +88,9 @@ FACTORS = {
 }
 
 
+parse = cache(Recipe.parse)  # the covering array asks the same some ten thousand times
+
+
 def allowed(case: Case) -> bool:
     """Whether policies can stand in one recipe; judges partial cases, too."""
     scorer = case.get("scorer")
@@ -96,13 +100,13 @@ def allowed(case: Case) -> bool:
     merger = case.get("merger", NONE)
     if scorer and in_cache(scorer):  # centroids keep original positions
         return merger == NONE
-    if merger == NONE or not Recipe.parse(f"h2o | {merger}").merger.reads_attention:
+    if merger == NONE or not parse(f"h2o | {merger}").merger.reads_attention:
         return True
-    return scorer is None or Recipe.parse(scorer).scorer.scores_attention
+    return scorer is None or parse(scorer).scorer.scores_attention
 
 
 def in_cache(scorer: str) -> bool:
-    policy = Recipe.parse(scorer).scorer
+    policy = parse(scorer).scorer
     return policy is not None and policy.in_cache
 
 
@@ -110,7 +114,7 @@ def text(case: Case) -> str:
     """The recipe of a case, in the canonical order."""
     names = ("scorer", "schedule", "allocator", "merger", "format")
     given = [case[name] for name in names if case.get(name, NONE) not in (NONE, "lazy")]
-    return str(Recipe.parse(" | ".join(given)))
+    return str(parse(" | ".join(given)))
 
 
 def budget_for(model: Any, recipe: str, kind: str, rows: int, tokens: int) -> str | int | None:
