@@ -73,6 +73,7 @@ docs: $(READY)
 	$(BIN)/python docs/make_merging.py
 	$(BIN)/python docs/make_kernels.py
 	$(BIN)/python docs/make_analyze.py
+	$(BIN)/python docs/make_report.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

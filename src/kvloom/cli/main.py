@@ -226,12 +226,16 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Where to; default: 'report' in the only folder.")
     ] = None,
+    latex: Annotated[
+        bool,
+        typer.Option("--latex", help="Write a LaTeX report besides, and build it if TeX is here."),
+    ] = False,
 ) -> None:
     """Figures, tables and one HTML page from the rows of experiments; nothing is measured."""
     with one_line_errors():
         from kvloom.cli import report as command
 
-        command.run(folders, out, console())
+        command.run(folders, out, latex, console())
 
 
 @app.command()
@@ -243,7 +247,8 @@ def tune(
     quick: Annotated[bool, typer.Option("--quick", help="Its quick version.")] = False,
     model: Annotated[str | None, typer.Option(help="Instead of the file's.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for study, rows and table; default: results/tune-NAME.")
+        Path | None,
+        typer.Option(help="Folder for study, rows and table; default: results/tune-NAME."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
 ) -> None:

@@ -9,14 +9,18 @@ from rich.console import Console
 from kvloom.evaluation.report import build
 
 
-def run(folders: list[Path], out: Path | None, console: Console) -> None:
+def run(folders: list[Path], out: Path | None, latex: bool, console: Console) -> None:
     """Write the report, and say where. Raises ValueError if a folder holds no results."""
-    made = build.build(folders, out or _default(folders))
+    made = build.build(folders, out or _default(folders), latex)
     for path in made.figures:
         if path.suffix == ".png":
             console.print(f"figure  {path}", markup=False, soft_wrap=True)
     for reason in made.missing:
         console.print(f"not drawn: {reason}", markup=False, soft_wrap=True)
+    if made.tex is not None:
+        console.print(f"latex   {made.pdf or made.tex}", markup=False, soft_wrap=True)
+    if made.unbuilt:
+        console.print(made.unbuilt, markup=False, soft_wrap=True)
     console.print(f"page    {made.page}", markup=False, soft_wrap=True)
 
 

@@ -142,7 +142,7 @@ FIGURES = [
     Figure("pareto", "Quality against bytes", "main"),
     Figure("retention", "Falling quality", "main", {"y": ["kl", "decode_perplexity"]}),
     Figure("needles", "Needles", "needles"),
-    Figure("ablation", "What it is worth", "main", {"reference": "streaming_llm", "metrics": ["kl", "change"]}),
+    Figure("ablation", "What it is worth", "main", {"reference": "streaming_llm", "metric": ["kl", "change"]}),
     Figure("sweep", "How often", "sweep", {"parameter": "every", "metrics": ["change", "tpot"]}),
     Figure("heat", "How often and how slack", "sweep", {"x": "every", "y": "slack", "metric": "change"}),
     Figure("efficiency", "Times", "main"),

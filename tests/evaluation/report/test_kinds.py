@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import statistics as stdlib
@@ -56,6 +57,14 @@ def test_the_seed_of_a_repeat_does_not_tell_recipes_or_tasks_apart() -> None:
     assert data.unseeded("needle(length=5, seed=3)", 3) == "needle(length=5)"
     assert data.unseeded("needle(seed=3, length=5)", 3) == "needle(length=5)"
     assert data.unseeded("random(seed=13)", 3) == "random(seed=13)"
+
+
+def test_a_row_that_several_grids_share_counts_once() -> None:
+    one = made.document("snapkv", "25%", 0.1, 0.25)
+    shared = dataclasses.replace(one, spec=made.spec("snapkv", "25%", grid="other"))
+    named = dataclasses.replace(one, spec=made.spec("snapkv", "25%", name="ours"))
+    found = Data.of(made.experiment([one, shared, named]), Figure("table", ""), Path()).subjects()
+    assert [(c.name, len(c.rows)) for c in found] == [("snapkv", 1), ("ours", 1)]
 
 
 def test_a_score_has_the_interval_of_its_examples_and_the_deviation_of_its_repeats() -> None:
@@ -243,7 +252,7 @@ def test_a_field_without_examples_is_not_drawn_as_zero() -> None:
 
 
 def test_an_ablation_is_paired_with_the_reference() -> None:
-    blocks = make("ablation", "main", reference="streaming_llm", metrics=["kl"])
+    blocks = make("ablation", "main", reference="streaming_llm", metric="kl")
     row = next(
         r for r in table(blocks) if r["recipe"].text == "snapkv" and r["budget"].text == "25%"
     )
@@ -257,7 +266,7 @@ def test_an_ablation_pairs_answers_one_by_one() -> None:
         made.task("a", "25%", 512, {0.5: [1.0, 0.0, 1.0]}, 0.25),
         made.task("b", "25%", 512, {0.5: [0.0, 0.0, 1.0]}, 0.25),
     ]
-    blocks = make("ablation", None, made.experiment(outcomes), reference="a", metrics=["score"])
+    blocks = make("ablation", None, made.experiment(outcomes), reference="a", metric="score")
     (row,) = table(blocks)
     entry = row[f"difference in {METRICS['score'].label}"]
     assert entry.value == pytest.approx(-1 / 3) and "3 pairs" in entry.detail

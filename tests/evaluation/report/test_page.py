@@ -116,13 +116,14 @@ def test_every_row_is_in_the_page_once(written: build.Made) -> None:
     assert rows.anchor("f" * 64) == "row-" + "f" * 16 and "red &amp; green" in text
 
 
-def test_the_same_rows_give_the_same_files(
-    folder: Path, written: build.Made, tmp_path: Path
-) -> None:
-    again = build.build([folder], tmp_path)
-    assert again.page.read_bytes() == written.page.read_bytes()
-    for one, other in zip(again.figures, written.figures, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one.name
+def test_the_same_rows_give_the_same_files(tmp_path: Path) -> None:
+    figures = [f for f in made.FIGURES if f.kind in ("table", "pareto")]
+    small = made.experiment(made.main_grid(), figures=figures)
+    folder = made.write(small, tmp_path / "rows")
+    one, other = (build.build([folder], tmp_path / name) for name in ("a", "b"))
+    assert one.page.read_bytes() == other.page.read_bytes()
+    for first, second in zip(one.figures, other.figures, strict=True):
+        assert first.read_bytes() == second.read_bytes(), first.name
 
 
 def test_a_quick_version_says_so(tmp_path: Path) -> None:
@@ -141,9 +142,10 @@ def test_a_bad_figure_spoils_only_its_own_place(tmp_path: Path) -> None:
     assert [m.split(":")[0] for m in found.missing] == ["A pie", "Table of main", "Empty"]
 
 
-def test_several_folders_make_one_page(folder: Path, tmp_path: Path) -> None:
+def test_several_folders_make_one_page(tmp_path: Path) -> None:
+    folder = made.write(made.experiment([made.document("none")], figures=[]), tmp_path / "a")
     other = dataclasses.replace(
-        made.experiment([made.document("none")]), name="other", title="Another"
+        made.experiment([made.document("none")], figures=[]), name="other", title="Another"
     )
     page = build.build([folder, made.write(other, tmp_path / "b")], tmp_path / "out").page
     text = page.read_text(encoding="utf-8")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.evaluation.experiment import Experiment, Figure
-from kvloom.evaluation.report import facts, folders, kinds, style
+from kvloom.evaluation.report import facts, folders, kinds, latex, style
 from kvloom.evaluation.report.blocks import Block, Note, Picture
 from kvloom.evaluation.report.data import Data, Missing
-from kvloom.evaluation.report.page import Chapter, Section, page
+from kvloom.evaluation.report.page import Chapter, Section, page, slug
 
 NAME = "report.html"
 FIGURES = "figures"
@@ -21,15 +20,23 @@ FORMATS = ("png", "svg")
 
 @dataclass(frozen=True)
 class Made:
-    """What was written: the page, figures; and what could not be drawn, with the reason."""
+    """What was written.
+
+    Attributes:
+        page: the HTML page. figures: all files of figures. missing: what could not be drawn, with the
+            reason. tex, pdf: the LaTeX report, if it was asked for, and built. unbuilt: why it was not.
+    """
 
     page: Path
     figures: list[Path]
     missing: list[str]
+    tex: Path | None = None
+    pdf: Path | None = None
+    unbuilt: str = ""
 
 
-def build(given: Sequence[Path], out: Path) -> Made:
-    """Make the report of one or more folders in `out`.
+def build(given: Sequence[Path], out: Path, tex: bool = False) -> Made:
+    """Make the report of one or more folders in `out`; with `tex` as LaTeX besides.
 
     Raises ValueError if a folder holds no results, OSError if `out` cannot be written.
     """
@@ -38,9 +45,20 @@ def build(given: Sequence[Path], out: Path) -> Made:
     figures = draw(chapters, out / FIGURES, FORMATS)
     titles = ", ".join(c.experiment.title for c in chapters)
     path = out / NAME
-    path.write_text(page(titles, chapters), encoding="utf-8")
+    path.write_text(page(titles, chapters, out / FIGURES), encoding="utf-8")
     missing = [f"{s.title}: {s.missing}" for c in chapters for s in c.sections if s.missing]
-    return Made(path, figures, missing)
+    made = Made(path, figures, missing)
+    return _with_tex(made, titles, chapters, out) if tex else made
+
+
+def _with_tex(made: Made, titles: str, chapters: Sequence[Chapter], out: Path) -> Made:
+    figures = draw(chapters, out / FIGURES, ("pdf",))
+    path = out / latex.NAME
+    path.write_text(latex.document(titles, chapters, FIGURES), encoding="utf-8")
+    pdf, unbuilt = latex.compiled(path)
+    return dataclasses.replace(
+        made, figures=[*made.figures, *figures], tex=path, pdf=pdf, unbuilt=unbuilt
+    )
 
 
 def chapter(experiment: Experiment, folder: Path) -> Chapter:
@@ -93,14 +111,5 @@ def draw(chapters: Sequence[Chapter], folder: Path, formats: Sequence[str]) -> l
         for block in section.blocks:
             if isinstance(block, Picture):
                 folder.mkdir(parents=True, exist_ok=True)
-                made += style.save(block.figure, folder, stem_of(section, block), formats)
+                made += style.save(block.figure, folder, section.file(block), formats)
     return made
-
-
-def stem_of(section: Section, picture: Picture) -> str:
-    return f"{section.stem}-{slug(picture.name)}" if picture.name else section.stem
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's name or an id."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "report"

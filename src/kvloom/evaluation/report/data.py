@@ -110,8 +110,12 @@ class Data:
 
     @classmethod
     def of(cls, experiment: Experiment, figure: Figure, folder: Path) -> Data:
-        held = [o for o in experiment.grid(figure.grid) if o.spec.kind not in ANALYSES]
-        return cls(experiment, figure, folder, tuple(held))
+        held: dict[tuple[str, str], Outcome] = {}
+        for i, o in enumerate(experiment.grid(figure.grid)):
+            if o.spec.kind not in ANALYSES:
+                # several grids may ask for the same cell: its row is one measurement and counts once
+                held.setdefault((o.key or f"none {i}", called(o.spec)), o)
+        return cls(experiment, figure, folder, tuple(held.values()))
 
     def analyses(self, kind: str) -> list[Path]:
         """Folders of finished analyses of a kind: of the grid's cells, or whatever lies below the folder.

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
 from kvloom.evaluation.experiment import Experiment
 from kvloom.evaluation.metrics import AnyRow
-from kvloom.evaluation.report import facts, rows, style
+from kvloom.evaluation.report import facts, rows
 from kvloom.evaluation.report.blocks import Block, Entry, Markup, Note, Picture, Table
 from kvloom.evaluation.report.html import Html, join, single, tag
 
@@ -29,6 +27,10 @@ class Section:
     blocks: Sequence[Block] = ()
     missing: str = ""
 
+    def file(self, picture: Picture) -> str:
+        """A picture's file, without folder and format."""
+        return f"{self.stem}-{slug(picture.name)}" if picture.name else self.stem
+
 
 @dataclass(frozen=True)
 class Chapter:
@@ -39,8 +41,8 @@ class Chapter:
     facts: Sequence[Block] = field(default=())
 
 
-def page(title: str, chapters: Sequence[Chapter]) -> Html:
-    """The whole page."""
+def page(title: str, chapters: Sequence[Chapter], figures: Path) -> Html:
+    """The whole page. `figures`: the folder where every picture was written as SVG and PNG."""
     here = Path(__file__).parent
     style_, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     head = tag(
@@ -54,7 +56,7 @@ def page(title: str, chapters: Sequence[Chapter]) -> Html:
     )
     body = [tag("h1", title), _contents(chapters)]
     for number, chapter in enumerate(chapters):
-        body += _chapter(number, chapter)
+        body += _chapter(number, chapter, figures)
     held: list[AnyRow] = [
         o.row for c in chapters for o in c.experiment.outcomes if o.row is not None
     ]
@@ -82,7 +84,7 @@ def _contents(chapters: Sequence[Chapter]) -> Html:
     return tag("nav", *links, tag("a", "Rows", href="#rows"))
 
 
-def _chapter(number: int, chapter: Chapter) -> list[Html]:
+def _chapter(number: int, chapter: Chapter, figures: Path) -> list[Html]:
     experiment = chapter.experiment
     made = [tag("h2", experiment.title, id=f"part-{number}")]
     made += [tag("p", text) for text in facts.sentences(experiment)]
@@ -91,32 +93,36 @@ def _chapter(number: int, chapter: Chapter) -> list[Html]:
         made.append(tag("h3", section.title, id=section.stem))
         if section.missing:
             made.append(tag("p", f"Not drawn: {section.missing}.", class_="absent"))
-        made += [block(b) for b in section.blocks]
+        for given in section.blocks:
+            if isinstance(given, Picture):
+                image = inline(figures / section.file(given))
+                made.append(tag("figure", single("img", src=image, alt=given.alt)))
+            else:
+                made.append(block(given))
     return made
 
 
 def block(given: Block) -> Html:
-    """A table, picture or sentence as HTML."""
+    """A table or sentence as HTML."""
     if isinstance(given, Table):
         return _table(given)
-    if isinstance(given, Picture):
-        return tag("figure", single("img", src=inline(given), alt=given.alt))
     if isinstance(given, Markup):
         return Html(given.html)
     assert isinstance(given, Note)
     return tag("p", given.text, class_="note")
 
 
-def inline(picture: Picture) -> str:
+def inline(stem: Path) -> str:
     """A picture as a `data:` address: SVG, or PNG where that would be heavy."""
-    held = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": picture.alt}):
-        picture.figure.savefig(held, format="svg", metadata={"Date": None})
-    kind = "svg+xml"
-    if held.tell() > HEAVY:
-        held, kind = io.BytesIO(), "png"
-        picture.figure.savefig(held, format="png", dpi=style.DPI)
-    return f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}"
+    path, kind = stem.with_name(f"{stem.name}.svg"), "svg+xml"
+    if path.stat().st_size > HEAVY:
+        path, kind = stem.with_name(f"{stem.name}.png"), "png"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name or an id."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "report"
 
 
 def _table(table: Table) -> Html:

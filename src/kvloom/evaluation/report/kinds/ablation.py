@@ -18,7 +18,7 @@ from kvloom.evaluation.task_results import TaskRow
 
 OPTIONS = {
     "reference": "the recipe that the others are compared to, default: the first one",
-    "metrics": "a panel each; default: kl, decode_perplexity, score, as far as measured",
+    "metric": "one or several, a panel each; default: kl, decode_perplexity, score, as far as measured",
 }
 DEFAULT = ("kl", "decode_perplexity", "score")
 BETTER, WORSE, EVEN = "#009E73", "#D55E00", "#7F7F7F"
@@ -38,7 +38,7 @@ def make(data: Data) -> list[Block]:
     cells = data.subjects()
     reference = _reference(data, cells)
     panels = {}
-    for name in data.names("metrics", DEFAULT):
+    for name in data.names("metric", DEFAULT):
         bars = _bars(cells, reference, name)
         if bars:
             panels[name] = bars
