@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from kvloom.core.budget import DENSE_BYTES
 from kvloom.evaluation.results import Row
 from kvloom.evaluation.task_results import TaskRow
 
@@ -78,6 +81,13 @@ def _retained(row: Any) -> float | None:
     return 1 / ratio if ratio else None
 
 
+def _share(row: Any) -> float | None:
+    """Of a full cache in the model's own dtype, over the same tokens."""
+    dtype = getattr(torch, row.model.dtype)
+    wide = row.bytes.dense_mean * dtype.itemsize / DENSE_BYTES
+    return row.bytes.compressed_mean / wide if wide else None
+
+
 def _bits(row: Any) -> float | None:
     if not isinstance(row, Row):
         return None
@@ -94,8 +104,9 @@ METRICS: dict[str, Metric] = {
         Metric("kl", "KL to dense, nats", "{:.4f}", "lower", _quality("kl")),
         Metric("top1", "same first choice", "{:.1%}", "higher", _quality("top1")),
         Metric("score", "task score", "{:.1%}", "higher", _score),
-        Metric("ratio", "compression", "{:.2f}x", "higher", _bytes("ratio")),
-        Metric("retained", "bytes retained", "{:.1%}", "lower", _retained),
+        Metric("ratio", "compression, of 16-bit", "{:.2f}x", "higher", _bytes("ratio")),
+        Metric("share", "bytes, of a full cache", "{:.1%}", "lower", _share),
+        Metric("retained", "bytes, of 16-bit", "{:.1%}", "lower", _retained),
         Metric("saving", "bytes saved", "{:.1%}", "higher", _saving),
         Metric("nbytes", "mean bytes", "{:,.0f}", "lower", _bytes("mean")),
         Metric("peak", "peak bytes", "{:,.0f}", "lower", _bytes("peak")),

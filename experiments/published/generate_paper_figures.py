@@ -1,0 +1,6 @@
+"""MP-KVM's `generate_paper_figures.py`: `--help`, and docs/from-the-papers.md."""
+
+from kvloom.evaluation.published import main
+
+if __name__ == "__main__":
+    main(__file__)
