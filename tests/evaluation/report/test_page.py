@@ -173,3 +173,11 @@ def test_the_command_reports_rows_alone(tmp_path: Path) -> None:
     page = folder / "report" / "report.html"
     assert f"page    {page}" in result.output and "pareto.png" in result.output
     assert "Bytes, quality and time" in page.read_text(encoding="utf-8")
+
+
+def test_claims_about_time_warn_of_a_busy_machine(tmp_path: Path) -> None:
+    busy = made.document("snapkv", "25%", timing={"load": 9.0})
+    for name, claims, warned in (("a", made.CLAIMS, True), ("b", made.CLAIMS[:1], False)):
+        small = made.experiment([busy], figures=[], claims=claims)
+        page = build.build([made.write(small, tmp_path / name)], tmp_path / f"{name}-out").page
+        assert ("load up to 9.0" in page.read_text(encoding="utf-8")) == warned

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvloom.evaluation import table as terminal
 from kvloom.evaluation.experiment import Experiment, Outcome
 from kvloom.evaluation.metrics import METRICS
 from kvloom.evaluation.report.blocks import Block, Entry, Note, Table, measured
@@ -88,6 +89,14 @@ def claims(experiment: Experiment) -> list[Block]:
             "Published figures are of the model and machine named there; ours are of this page's."
         ),
     ]
+
+
+def _busy(experiment: Experiment) -> list[str]:
+    """A warning if claims about time are measured on a machine that had other work."""
+    timed = ("ttft", "tpot", "throughput", "speedup")
+    rows = [o.row for o in experiment.outcomes if isinstance(o.row, Row)]
+    asked = any(c.metric.startswith(timed) for c in experiment.claims)
+    return terminal.busy(rows) if asked and rows else []
 
 
 def _cells(outcomes: Any) -> list[Cell]:
