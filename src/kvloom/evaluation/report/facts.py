@@ -88,6 +88,7 @@ def claims(experiment: Experiment) -> list[Block]:
         Note(
             "Published figures are of the model and machine named there; ours are of this page's."
         ),
+        *map(Note, _busy(experiment)),
     ]
 
 
