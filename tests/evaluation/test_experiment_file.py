@@ -126,3 +126,14 @@ def test_variables_come_from_the_environment(
     monkeypatch.setenv("BOOKS", "/books")  # so that it is taken back after the test
     first = specs(tmp_path, text)[0]
     assert (first.options["tokens"], first.text) == (99, "/books/one.txt")
+
+
+def test_the_documented_file_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
+    text = page.split("```toml\n")[1].split("```")[0]
+    experiment, fallbacks = read(written(tmp_path, text))
+    assert fallbacks == [{"prefill_chunk": 256}]
+    # full cache, int4, and two that state their size: on two texts, three times
+    assert len(experiment.outcomes) == 4 * 2 * 3
+    assert len(specs(tmp_path, text, scale="quick")) == 4 * 2
+    assert [len(experiment.claims_of(o)) for o in experiment.outcomes[:4]] == [0, 1, 0, 0]
