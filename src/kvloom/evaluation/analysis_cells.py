@@ -54,7 +54,8 @@ def _case(spec: Spec) -> analysis.Case:
     model, tokenizer = compare.load_model(spec.model, spec.dtype, spec.device)
     assert spec.text is not None
     if o.get("topics"):
-        text = topics.alternate(list(topics.SOURCES), tokenizer, o["length"], o["passage"])
+        names = topics.SYNTHETIC if spec.synthetic else tuple(topics.SOURCES)
+        text = topics.alternate(names, tokenizer, o["length"], o["passage"])
     else:
         text = topics.plain(spec.text, tokenizer, o["length"])
     layer = None if o["layer"] < 0 else o["layer"]

@@ -16,11 +16,21 @@ from torch import Tensor
 
 from kvloom.evaluation import results
 from kvloom.evaluation.identity import tokens_sha256
-from kvloom.testbed import texts
+from kvloom.testbed import tasks, texts
+
+_PAIRS = 24  # of a generated list
+
+
+def lists(words: bool = False) -> Iterator[str]:
+    """Generated key-value lists without end; the values are numbers, or words."""
+    return (tasks.key_value(seed, _PAIRS, words=words).context for seed in itertools.count())
+
 
 BUNDLED: dict[str, Callable[[], Iterable[str]]] = {
     "stdlib": texts.held_out_texts,
     "stdlib_train": lambda: map(texts.read, texts.stdlib_split(held_out=False)),
+    "synthetic": lists,
+    "synthetic_words": lambda: lists(words=True),
 }
 FILLER = 24  # characters of raw text per token asked for
 _PER_TOKEN = 32  # characters of a long text that are tokenised at first for each token asked for
@@ -93,7 +103,8 @@ def documents(name: str) -> Iterator[str]:
 
     Args:
         name: `"stdlib"` (modules of the standard library held out of the testbed's training),
-            `"stdlib_train"` (the others); a text file, a `.jsonl` or
+            `"stdlib_train"` (the others); `"synthetic"`, `"synthetic_words"` (generated lists); a text
+            file, a `.jsonl` or
             `.jsonl.xz` of objects with a `text`, or a folder of text files; or a dataset of the
             hub as `"owner/name"`, `"owner/name:config"` or `"owner/name:config:split"`. `"#2"` at
             the end: from the document behind the first two.

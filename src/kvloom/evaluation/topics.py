@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import pydoc_data.topics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,7 @@ import torch
 from torch import Tensor
 
 from kvloom.evaluation import texts
-from kvloom.testbed import tasks
 from kvloom.testbed import texts as bundled
-
-_PAIRS = 24  # of a key-value list
 
 
 def _reference() -> Iterable[str]:
@@ -23,16 +19,12 @@ def _reference() -> Iterable[str]:
     return (text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
-def _lists() -> Iterable[str]:
-    """Key-value lists without end."""
-    return (tasks.key_value(seed, _PAIRS).context for seed in itertools.count())
-
-
 SOURCES: dict[str, Callable[[], Iterable[str]]] = {
     "code": bundled.held_out_texts,
     "reference": _reference,
-    "lists": _lists,
+    "lists": texts.lists,
 }
+SYNTHETIC = ("synthetic", "synthetic_words")  # topics of generated text
 
 
 @dataclass(frozen=True)
