@@ -129,7 +129,7 @@ def _point(name: str, held: list[Outcome]) -> dict[str, Any]:
         ),
         "n_runs": len(held),
         **shared.facts(first),
-        "note": f"{NOTE} Targets are shares retained; a row counts the bytes of centroids, not centroids.",
+        "note": f"{NOTE} Targets and actual shares are of a 16-bit dense cache (a full one in float32 is 2); a row counts the bytes of centroids, not centroids.",
     }
 
 
