@@ -1,13 +1,14 @@
 """An experiment's record: which cells it has, which rows they have, what was claimed, what to draw.
 
 `FOLDER/experiment.json` is the record, `FOLDER/results.jsonl` holds the rows. The record is replaced as
-a whole whenever a cell is finished; a row that it does not name yet is found by its key.
+a whole whenever a cell is finished; the runner finds a row that it does not name yet by its key.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,15 +145,27 @@ class Experiment:
 
 
 def load(folder: Path) -> Experiment:
-    """The record of a folder with its rows. Raises ValueError if there is none, or it cannot be read."""
+    """The record of a folder with its rows. Raises ValueError, naming the file, if there is none, or it
+    has not the fields of a record.
+    """
     path = folder / NAME
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} holds no experiment: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is no record of an experiment, which is a JSON object")
     if fields.pop("schema", None) != SCHEMA or fields.pop("version", None) != VERSION:
         raise ValueError(f"{path} is no record of an experiment that this kvloom reads")
     rows = Ledger(folder).rows
+    try:
+        return _read(fields, rows)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        words = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no whole record of an experiment: {words}") from None
+
+
+def _read(fields: dict[str, Any], rows: Mapping[str, AnyRow]) -> Experiment:
     outcomes = []
     for given in fields.pop("outcomes"):
         outcome = Outcome(**(given | {"spec": Spec(**given["spec"])}))
@@ -162,5 +175,5 @@ def load(folder: Path) -> Experiment:
     figures = [Figure(**f) for f in fields.pop("figures")]
     for claim in claims:
         if claim.metric not in METRICS:
-            raise ValueError(f"{path}: metric {claim.metric!r}: one of {', '.join(METRICS)}")
+            raise ValueError(f"metric {claim.metric!r}: one of {', '.join(METRICS)}")
     return Experiment(**fields, outcomes=outcomes, claims=claims, figures=figures)
