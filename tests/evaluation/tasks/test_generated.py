@@ -134,6 +134,17 @@ def test_a_register_has_as_many_pairs_as_asked_for() -> None:
     assert 1950 < words(whole.context) + words(whole.question) <= 2048
 
 
+def test_lines_end_where_their_names_do() -> None:
+    (e,) = make("lines(length=90000, examples=1)")
+    assert 3400 < e.context.count("REGISTER_CONTENT is") <= 3500
+    assert words(e.context) + words(e.question) < 90000
+
+
+def test_as_many_words_as_there_are_can_be_values() -> None:
+    (e,) = make("niah_multivalue(length=3000, values=70, value='word', examples=1)")
+    assert len(set(e.answers)) == 70
+
+
 def test_only_needles_of_one_place_have_a_depth() -> None:
     assert all(e.depth is not None for e in make("niah_multikey(length=300)"))
     assert all(e.depth is None for e in make("niah_multiquery(length=300)"))

@@ -53,6 +53,9 @@ def test_parameters_are_literals_by_name() -> None:
         ("niah_single(value='x')", "value must be one of 'number', 'word', 'uuid', not 'x'"),
         ("key_value(length=99, pairs=3)", "give length or pairs, not both"),
         ("key_value(pairs=99999)", "pairs must be at most 3500"),
+        ("niah_multikey(keys=71, value='word')", "71 distinct values: there are 70 words"),
+        ("niah_multivalue(values=71, value='word')", "71 distinct values: there are 70 words"),
+        ("niah_multiquery(queries=3501)", "3501 distinct keys: there are 3500"),
         ("common_words(often=3, seldom=3)", "often \\(3\\) must be above seldom \\(3\\)"),
     ],
 )

@@ -13,13 +13,14 @@ from kvloom.testbed.tasks import fit, longest
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 EDGES = 12  # tokens kept spare: special ones, and merges that differ where pieces meet
 _HYPHENATED = [f"{a}-{b}" for a in phrases.WORDS for b in phrases.THINGS]
+NAMES = len(_HYPHENATED)  # how many distinct names there are
 COMPOUNDS = sorted({a + b for a in phrases.WORDS for b in phrases.THINGS})
 
 
 def names(rng: random.Random, count: int) -> list[str]:
     """Distinct names of two words, `"river-lamp"`. Raises ValueError if there are not so many."""
-    if count > len(_HYPHENATED):
-        raise ValueError(f"{count} names: there are {len(_HYPHENATED)}")
+    if count > NAMES:
+        raise ValueError(f"{count} names: there are {NAMES}")
     return rng.sample(_HYPHENATED, count)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvloom.evaluation.subjects import file_sha256
 from kvloom.evaluation.tasks import _records, scoring
-from kvloom.evaluation.tasks._build import fit_count, lines_of, names, prompt_tokens
+from kvloom.evaluation.tasks._build import NAMES, fit_count, lines_of, names, prompt_tokens
 from kvloom.evaluation.tasks.base import (
     LEAST,
     Example,
@@ -40,7 +40,8 @@ class Lines(Task):
     """`line river-lamp: REGISTER_CONTENT is <4321>`, and so on.
 
     Attributes:
-        length: tokens of a prompt at most. depth: where the asked line stands; None: spread evenly over the
+        length: tokens of a prompt at most; generated ones have at most as many lines as there are names (3500),
+            however long they may be. depth: where the asked line stands; None: spread evenly over the
             examples. path: None: generated; LongChat's `.jsonl` (or `.xz`, `.gz`), whose prompts of at most
             `length` tokens are taken, of `lines` lines if it says how many. examples: how many, if a file has as
             many. seed: of
@@ -88,7 +89,10 @@ class Lines(Task):
             at = round(depth * (count - 1))
             return INTRO + lines_of(said), QUESTION.format(name=named[at]), values[at]
 
-        count = fit_count(lambda n: prompt_tokens(measure, *record(n)[:2]), self.length)
+        def size(count: int) -> int:
+            return prompt_tokens(measure, *record(count)[:2])
+
+        count = fit_count(size, self.length, most=NAMES)
         context, question, value = record(count)
         where = round(depth * (count - 1)) / max(1, count - 1)
         return Example(context, question, (value,), new_tokens(measure, value), where)

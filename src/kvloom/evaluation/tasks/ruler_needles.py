@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from kvloom.evaluation.tasks import scoring
 from kvloom.evaluation.tasks._build import (
     EDGES,
+    NAMES,
     fit_count,
     haystack,
     lines_of,
@@ -64,6 +65,26 @@ class _Needles(Task):
     key: str = parameter("words", choices=("words", "uuid"))
     examples: int = parameter(8, least=1)
     seed: int = parameter(0, least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value == "word" and self.needles > len(phrases.WORDS):
+            raise ValueError(
+                f"{self}: {self.needles} distinct values: there are {len(phrases.WORDS)} words; take "
+                "fewer, or numbers or UUIDs"
+            )
+        if self.key == "words" and self.named > NAMES:
+            raise ValueError(f"{self}: {self.named} distinct keys: there are {NAMES}; take UUIDs")
+
+    @property
+    def needles(self) -> int:
+        """How many are planted, each with a value of its own."""
+        return 1
+
+    @property
+    def named(self) -> int:
+        """How many keys they have between them."""
+        return self.needles
 
     def _facts(self, rng: random.Random) -> _Planted:
         raise NotImplementedError
@@ -171,6 +192,11 @@ class NiahMultikey(_Needles):
     name = "niah_multikey"
     keys: int = parameter(4, least=2)
 
+    @property
+    def needles(self) -> int:
+        """See `_Needles`."""
+        return self.keys
+
     def _facts(self, rng: random.Random) -> _Planted:
         values = self._values(rng, self.keys)
         first, *others = zip(self._keys(rng, self.keys), values, strict=True)
@@ -184,6 +210,16 @@ class NiahMultivalue(_Needles):
     name = "niah_multivalue"
     values: int = parameter(4, least=2)
 
+    @property
+    def needles(self) -> int:
+        """See `_Needles`."""
+        return self.values
+
+    @property
+    def named(self) -> int:
+        """See `_Needles`."""
+        return 1
+
     def _facts(self, rng: random.Random) -> _Planted:
         (key,) = self._keys(rng, 1)
         return _Planted([(key, value) for value in self._values(rng, self.values)], [])
@@ -195,6 +231,11 @@ class NiahMultiquery(_Needles):
 
     name = "niah_multiquery"
     queries: int = parameter(4, least=2)
+
+    @property
+    def needles(self) -> int:
+        """See `_Needles`."""
+        return self.queries
 
     def _facts(self, rng: random.Random) -> _Planted:
         values = self._values(rng, self.queries)
