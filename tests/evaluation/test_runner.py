@@ -173,6 +173,75 @@ def test_known_keys_are_not_measured(file: Path) -> None:
     assert done.key and place.work(spec, {done.key}) == Finished(key=done.key)
 
 
+def test_phases_one_after_the_other_end_in_one_record(file: Path, tmp_path: Path) -> None:
+    text = file.read_text().replace('name = "documents"', 'name = "documents"\nphase = 1')
+    file.write_text(text.replace('name = "tasks"', 'name = "tasks"\nphase = 2'))
+    folder = tmp_path / "out"
+    for phase in (1, 2):
+        experiment, fallbacks = read(file, phases=(phase,))
+        runner.run(experiment, fallbacks, folder, keep=True)
+    assert sorted(o.spec.grid for o in load(folder).outcomes) == ["documents"] * 3 + ["tasks"] * 2
+    assert all(o.row is not None for o in load(folder).outcomes)
+
+
+def test_a_run_that_is_killed_before_its_first_cell_keeps_the_record(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [o.key for o in run(file, tmp_path / "out").outcomes]
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Workplace, "work", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(file, tmp_path / "out")
+    assert [o.key for o in load(tmp_path / "out").outcomes] == keys
+
+
+def test_stopped_workers_take_no_further_cell(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    asked: list[int] = []
+
+    class Slow(Worker):
+        def ask(self, spec: Any, known: list[str]) -> Finished:
+            if self._stopped:
+                return Finished(failed="stopped")
+            asked.append(spec.repeat)
+            time.sleep(0.05)
+            return Finished(key=str(spec.repeat))
+
+    monkeypatch.setattr("kvloom.evaluation.executors.process.Worker", Slow)
+    spec = read(file)[0].outcomes[0].spec
+    specs = {i: replace(spec, repeat=i) for i in range(9)}
+    going = executor("process")(Order(specs, [], (), 1, runner.Watcher()))
+    next(going)
+    going.close()
+    before = len(asked)
+    time.sleep(0.2)
+    assert before <= 3 and len(asked) == before
+
+
+def test_memory_that_runs_out_in_an_analysis_is_its_result_too(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "words.txt"
+    file.write_text(
+        f'title = "A"\n[defaults]\ntext = "{text}"\ndtype = "float32"\n[[fallback]]\nmodel = "testbed"\n'
+        '[[grid]]\nname = "a"\nkind = "attention"\nlength = 64\nchunk = 16\n'
+        'recipes = ["mp_kvm(window_size=24, max_centroids=4)"]\n'
+    )
+    whole = run(file, tmp_path / "out").outcomes[0]
+    assert whole.key and list((tmp_path / "out" / "attention").glob("*/attention.jsonl"))
+
+    def short(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("kvloom.evaluation.spectrum.analyze", short)
+    outcome = run(file, tmp_path / "other").outcomes[0]
+    assert (outcome.failed or "").startswith(OUT_OF_MEMORY) and outcome.fallback == {
+        "model": "testbed"
+    }
+
+
 def test_unknown_executors_are_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="executor 'slurm': one of inline, process, ray"):
         run(file, tmp_path / "out", name="slurm")
@@ -189,12 +258,18 @@ def _kills(file: Path, folder: Path, times: int) -> None:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([*command, "--dry-run"], check=True, **quiet)
     importing = time.monotonic() - start
+    rows, hit = [], 0
     for _ in range(times):
         child = subprocess.Popen(command, **quiet)
-        time.sleep(importing * rng.uniform(0.8, 2.0))
+        time.sleep(importing * rng.uniform(0.5, 1.8))
+        hit += child.poll() is None
         child.send_signal(signal.SIGKILL)
         child.wait()
+        rows.append(len(Ledger(folder).rows))
     subprocess.run(command, check=True, **quiet)
+    assert rows == sorted(rows)
+    if times > 2:  # some kill fell between the first row and the last
+        assert hit and any(0 < n < len(Ledger(folder).rows) for n in rows)
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.full)])

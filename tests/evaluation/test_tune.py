@@ -102,6 +102,32 @@ def test_another_search_is_kept_out_of_a_folder(tmp_path: Path) -> None:
         tune.run(search(tmp_path, limit="0.25"), tmp_path / "out", 2)
 
 
+def test_trials_of_another_text_are_not_taken_for_ours(tmp_path: Path) -> None:
+    what = search(tmp_path)
+    tune.run(what, tmp_path / "out", 1)
+    words = tmp_path / "words.txt"
+    words.write_text(words.read_text().replace("threads", "needles"))
+    with pytest.raises(ValueError, match="measured on another text"):
+        tune.run(what, tmp_path / "out", 2)
+
+
+def test_a_trial_killed_before_it_was_told_is_told_once(tmp_path: Path) -> None:
+    what, folder = search(tmp_path), tmp_path / "out"
+    tell = tune._tell
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "_tell", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tune.run(what, folder, 1)
+    assert tune._tell is tell
+    found = tune.run(what, folder, 1)
+    assert len(found) == 1 and found[0].row is not None
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 1
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_goals(tmp_path: Path) -> None:
     row = tune.run(search(tmp_path), tmp_path / "out", 1)[0].row
     assert row is not None and row.bytes.ratio is not None
@@ -133,6 +159,9 @@ def test_templates_are_filled() -> None:
         ("low = 1", "least = 1", "a list of choices"),
         ("tokens = 80", "tokens = '80'", "not of type int"),
         ("sinks = {", "sinkz = {", "it has no {sinkz}"),
+        ("tokens = 80", "tokns = 80", "[cell] has no 'tokns'; did you mean 'tokens'"),
+        ("tokens = 80", 'kind = "manifold"', "document or task"),
+        ('"kl"', '"score"', "as asked for do not measure it"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, old: str, new: str, words: str) -> None:

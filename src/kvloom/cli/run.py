@@ -58,7 +58,7 @@ def run(options: Options) -> Experiment:
         with _Bars(len(experiment.outcomes)) as watcher:
             runner.run(
                 experiment, fallbacks, folder, options.executor, options.workers, watcher,
-                options.again,
+                options.again, keep=bool(options.phases),
             )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(
@@ -98,7 +98,10 @@ def report(out: Console, experiment: Experiment, folder: Path, fresh: int) -> No
 def _table(experiment: Experiment, grid: str) -> Table:
     outcomes = experiment.grid(grid)
     table = Table(
-        title=f"{experiment.title}: {grid}", title_justify="left", box=None, padding=(0, 2, 0, 0)
+        title=f"{experiment.title}: {grid}".replace("[", r"\["),
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
     )
     several = len({(o.spec.task, o.spec.text) for o in outcomes}) > 1
     names = [n for n in SHOWN if any(o.row and METRICS[n].of(o.row) is not None for o in outcomes)]
@@ -159,4 +162,4 @@ class _Bars(runner.Watcher):
         if not (self.fresh and left):
             return ""
         seconds = (time.monotonic() - self.start) / self.fresh * left
-        return f", {left} cells left, at most {seconds / 60:.0f} min"
+        return f", {left} cells left, about {seconds / 60:.0f} min"

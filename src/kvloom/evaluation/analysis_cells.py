@@ -16,16 +16,15 @@ import torch
 from kvloom.evaluation import (
     analysis,
     analysis_rows,
-    compare,
     identity,
     manifold,
     projection,
     spectrum,
     topics,
 )
-from kvloom.evaluation.cells import Finished
+from kvloom.evaluation.cells import Finished, Workplace, guarded
 from kvloom.evaluation.experiment import Spec
-from kvloom.evaluation.subjects import spell_out
+from kvloom.evaluation.subjects import Cell
 
 KEY_CHARACTERS = 16
 
@@ -35,23 +34,29 @@ def folder_of(folder: Path, kind: str, key: str) -> Path:
     return folder / kind / key[:KEY_CHARACTERS]
 
 
-def work(spec: Spec, folder: Path, again: bool, progress: compare.Progress) -> Finished:
-    """Analyse, unless it is done; wrong input is the cell's result."""
-    try:
-        case = _case(spec)
-        key = _key(spec, case)
-        place = folder_of(folder, spec.kind, key)
-        if again or not place.exists():
-            with torch.inference_mode():
-                _write(spec, case, place)
-        return Finished(key=key)
-    except (ValueError, TypeError, OSError) as error:
-        return Finished(failed=" ".join(str(error).split()))
+class Analyst:
+    """Analyses cells one after the other, keeping the model."""
+
+    def __init__(self, folder: Path, again: bool):
+        self.folder, self.again, self.place = folder, again, Workplace()
+
+    def work(self, spec: Spec) -> Finished:
+        """Analyse, unless it is done; what goes wrong is the cell's result."""
+        return guarded(lambda: self._analyse(spec), self.place.forget)
+
+    def _analyse(self, spec: Spec) -> Finished:
+        with self.place.threads(spec):
+            case = _case(spec, *self.place.model_of(spec)[:2])
+            key = _key(spec, case)
+            place = folder_of(self.folder, spec.kind, key)
+            if self.again or not place.exists():
+                with torch.inference_mode():
+                    _write(spec, case, place)
+            return Finished(key=key)
 
 
-def _case(spec: Spec) -> analysis.Case:
+def _case(spec: Spec, model: Any, tokenizer: Any) -> analysis.Case:
     o = spec.options
-    model, tokenizer = compare.load_model(spec.model, spec.dtype, spec.device)
     assert spec.text is not None
     if o.get("topics"):
         names = topics.SYNTHETIC if spec.synthetic else tuple(topics.SOURCES)
@@ -66,12 +71,12 @@ def _case(spec: Spec) -> analysis.Case:
 
 def _key(spec: Spec, case: analysis.Case) -> str:
     env = identity.environment(case.model.device)
+    cell = Cell(case.recipe, case.budget)
     return identity.cell_key(
-        kind=spec.kind, model=identity.model_sha256(case.model), recipe=spell_out(case.recipe),
-        budget=spec.budget, text=case.text.document.facts.sha256, options=spec.options,
-        layer=case.layer,
-        sources=[env.source_sha256, identity.foreign_sha256(case.recipe.policies)],
-        versions=[env.python, env.torch, env.transformers],
+        kind=spec.kind, model=identity.model_sha256(case.model), options=spec.options,
+        text=case.text.document.facts.sha256, layer=case.layer,
+        projections=[projection.available(), *map(identity.installed, ("scikit-learn", "umap-learn"))],
+        **cell.parts(env),
     )  # fmt: skip
 
 

@@ -9,20 +9,21 @@ import dataclasses
 import gc
 import json
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kvloom.core.budget import Budget
-from kvloom.evaluation import compare, measure, needles, texts
+from kvloom.evaluation import compare, identity, measure, needles, texts
 from kvloom.evaluation.compare import Bench
 from kvloom.evaluation.experiment import Spec
 from kvloom.evaluation.experiment_file import OPTIONS
 from kvloom.evaluation.ledger import read_row
 from kvloom.evaluation.metrics import AnyRow
-from kvloom.evaluation.results import Protocol
+from kvloom.evaluation.results import Model, Protocol
 from kvloom.evaluation.subjects import Cell, parse
 from kvloom.evaluation.task_bench import TaskBench, prepare_task
 
@@ -57,7 +58,7 @@ class Workplace:
     """Measures cells, keeping the last model and the last text or task for those that follow."""
 
     def __init__(self) -> None:
-        self._model: tuple[Any, Any, Any] = (None, None, None)
+        self._model: tuple[Any, Any, Any, Any] = (None, None, None, None)
         self._bench: tuple[Any, Bench | TaskBench | None] = (None, None)
         self._threads = torch.get_num_threads()
 
@@ -68,28 +69,24 @@ class Workplace:
 
         What goes wrong in one cell is its result (`failed`), so that the others go on.
         """
-        try:
-            return self._measure(spec, known, progress or compare.Progress())
-        except (ValueError, TypeError, OSError) as error:  # wrong input, as everywhere in kvloom
-            return Finished(failed=" ".join(str(error).split()))
-        except Exception as error:
-            if is_out_of_memory(error):
-                self.forget()
-                return Finished(failed=f"{OUT_OF_MEMORY}: {_words(error)}")
-            traceback.print_exc()
-            return Finished(failed=f"{type(error).__name__}: {_words(error)}")
+        told = progress or compare.Progress()
+        return guarded(lambda: self._measure(spec, known, told), self.forget)
+
+    def key(self, spec: Spec) -> str:
+        """A cell's key as it is now. Raises ValueError on what cannot be measured."""
+        with self.threads(spec):
+            return self._bench_of(spec).key(_cell(spec))
 
     def forget(self) -> None:
         """Let go of model, text and tasks."""
-        self._model, self._bench = (None, None, None), (None, None)
+        self._model, self._bench = (None, None, None, None), (None, None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _measure(self, spec: Spec, known: Collection[str], progress: compare.Progress) -> Finished:
-        cell = Cell(parse(spec.recipe), None if spec.budget is None else Budget.parse(spec.budget))
-        torch.set_num_threads(spec.threads or self._threads)
-        try:
+        cell = _cell(spec)
+        with self.threads(spec):
             torch.manual_seed(spec.seed)
             bench = self._bench_of(spec)
             key = bench.key(cell)
@@ -98,6 +95,13 @@ class Workplace:
             bench.check([cell])
             progress.cell(cell, 1, 1, steps(spec))
             return Finished(key=key, row=bench.measure(cell, progress))
+
+    @contextmanager
+    def threads(self, spec: Spec) -> Iterator[None]:
+        """With the cell's threads of torch, if it says how many."""
+        torch.set_num_threads(spec.threads or self._threads)
+        try:
+            yield
         finally:
             torch.set_num_threads(self._threads)
 
@@ -106,22 +110,29 @@ class Workplace:
                   spec.seed, spec.repeat, sorted(spec.options.items()))  # fmt: skip
         if self._bench[0] != wanted or self._bench[1] is None:
             self._bench = (None, None)
-            model, tokenizer = self._model_of(spec)
+            model, tokenizer, facts = self.model_of(spec)
             make = _document_bench if spec.kind == "document" else _task_bench
-            self._bench = (wanted, make(spec, model, tokenizer))
+            self._bench = (wanted, make(spec, model, tokenizer, facts))
         found = self._bench[1]
         assert found is not None
         return found
 
-    def _model_of(self, spec: Spec) -> tuple[Any, Any]:
+    def model_of(self, spec: Spec) -> tuple[Any, Any, Model]:
+        """Model, tokenizer and facts, the weights hashed once."""
         wanted = (spec.model, spec.dtype, spec.device)
         if self._model[0] != wanted:
             self.forget()  # never two models at once
-            self._model = (wanted, *compare.load_model(spec.model, spec.dtype, spec.device))
-        return self._model[1], self._model[2]
+            model, tokenizer = compare.load_model(spec.model, spec.dtype, spec.device)
+            facts = identity.model_facts(model, spec.model)
+            self._model = (wanted, model, tokenizer, facts)
+        return self._model[1], self._model[2], self._model[3]
 
 
-def _document_bench(spec: Spec, model: Any, tokenizer: Any) -> Bench:
+def _cell(spec: Spec) -> Cell:
+    return Cell(parse(spec.recipe), None if spec.budget is None else Budget.parse(spec.budget))
+
+
+def _document_bench(spec: Spec, model: Any, tokenizer: Any, facts: Model) -> Bench:
     """Repeats read other stretches of the text."""
     o = spec.options
     asked = o["needle_tokens"] or (o["tokens"] if o["needles"] else 0)
@@ -135,15 +146,16 @@ def _document_bench(spec: Spec, model: Any, tokenizer: Any) -> Bench:
         spec.text, tokenizer, protocol.tokens, asked, skip=spec.repeat * protocol.tokens
     )
     tasks = needles.prepare(document.raw, tokenizer, protocol.needles, asked, protocol.seed)
-    return Bench(model, tokenizer, spec.model, document, tasks, protocol)
+    return Bench(model, tokenizer, spec.model, document, tasks, protocol, facts)
 
 
-def _task_bench(spec: Spec, model: Any, tokenizer: Any) -> TaskBench:
+def _task_bench(spec: Spec, model: Any, tokenizer: Any, facts: Model) -> TaskBench:
     o = spec.options
     assert spec.task is not None
     return prepare_task(
-        model, tokenizer, spec.model, spec.task, o["view"], o["prefill_chunk"], o["filler"]
-    )
+        model, tokenizer, spec.model, spec.task, o["view"], o["prefill_chunk"], o["filler"],
+        model_facts=facts,
+    )  # fmt: skip
 
 
 def changed(spec: Spec, fallback: Fallback | None) -> Spec:
@@ -172,15 +184,39 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def with_fallbacks(
-    spec: Spec, fallbacks: list[Fallback], work: Callable[[Spec], Finished]
+    spec: Spec, fallbacks: list[Fallback], work: Callable[[Spec], Finished], start: int = 0
 ) -> Finished:
-    """What comes of a cell; while memory runs out, of the cell as each fallback changes it."""
-    done = work(spec)
-    for fallback in fallbacks:
-        if not (done.failed or "").startswith(OUT_OF_MEMORY):
-            break
+    """What comes of a cell; while memory runs out, of the cell as each fallback changes it.
+
+    `start`: how many attempts have been made elsewhere already.
+    """
+    done = Finished(failed=OUT_OF_MEMORY)
+    for fallback in [None, *fallbacks][start:]:
         done = dataclasses.replace(work(changed(spec, fallback)), fallback=fallback)
+        if not out_of_memory(done):
+            break
     return done
+
+
+def out_of_memory(done: Finished) -> bool:
+    """Whether that is why a cell has no row."""
+    return (done.failed or "").startswith(OUT_OF_MEMORY)
+
+
+def guarded(measure: Callable[[], Finished], forget: Callable[[], None]) -> Finished:
+    """What `measure` gives; what goes wrong in it is the cell's result, so that the others go on."""
+    try:
+        return measure()
+    except (ValueError, TypeError, OSError) as error:  # wrong input, as everywhere in kvloom
+        return Finished(failed=" ".join(str(error).split()))
+    except Exception as error:
+        failed = f"{type(error).__name__}: {_words(error)}"
+        if is_out_of_memory(error):
+            failed = f"{OUT_OF_MEMORY}: {_words(error)}"
+        else:
+            traceback.print_exc()
+    forget()  # now that no traceback holds the tensors any more
+    return Finished(failed=failed)
 
 
 def _words(error: BaseException) -> str:

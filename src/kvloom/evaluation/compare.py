@@ -16,7 +16,7 @@ from kvloom.core.recipe import Recipe
 from kvloom.evaluation import answering, disjoint, identity, measure, needles, texts
 from kvloom.evaluation.decoders import decoder_for
 from kvloom.evaluation.ledger import Ledger
-from kvloom.evaluation.results import Protocol, Row
+from kvloom.evaluation.results import Model, Protocol, Row
 from kvloom.evaluation.subjects import Cell
 from kvloom.hf import load
 
@@ -47,12 +47,13 @@ class Bench:
     document: texts.Document
     needles: list[answering.Asked]
     protocol: Protocol
+    given_facts: Model | None = None  # of the model, if known: working them out hashes all weights
 
     def __post_init__(self) -> None:
         self.protocol = dataclasses.replace(
             self.protocol, needle_sha256=needles.fingerprint(self.needles)
         )
-        self.model_facts = identity.model_facts(self.model, self.name)
+        self.model_facts = self.given_facts or identity.model_facts(self.model, self.name)
         self.environment = identity.environment(self.model.device)
 
     def check(self, cells: Sequence[Cell]) -> None:

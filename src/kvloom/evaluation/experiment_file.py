@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from kvloom.core.recipe import Recipe
+from kvloom.evaluation import tasks
 from kvloom.evaluation.experiment import Claim, Experiment, Figure, Outcome, Spec
 from kvloom.evaluation.metrics import METRICS
 from kvloom.evaluation.settings import filled
@@ -66,6 +67,8 @@ SHARED: dict[str, Any] = {
     "synthetic": False, "text": "stdlib", "task": "",
 }  # fmt: skip
 SCALES = ("testbed", "quick", "paper")
+DTYPES = ("bfloat16", "float16", "float32")
+_FALLBACK = {"model", "dtype", "device", "threads"}
 _GRID = {"name", "kind", "phase", "recipes", "budgets", "quick", "paper"}
 _TOP = {"title", "summary", "defaults", "quick", "paper", "fallback", "grid", "claim", "figure"}
 _LISTS = ("model", "text", "task")  # crossed with recipes where they are lists
@@ -96,25 +99,27 @@ def read(
 def _experiment(
     given: dict[str, Any], path: Path, scale: str, model: str | None, phases: tuple[int, ...]
 ) -> tuple[Experiment, list[dict[str, Any]]]:
-    unused = {*SCALES} - {scale}
-    given = filled(_without(given, unused))
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r}: one of {', '.join(SCALES)}")
     known(given, _TOP, "the file")
+    given = filled(_of(given, scale, phases))
     title = _text(given, "title")
     shared = given.get("defaults", {}) | given.get(scale, {})
     every = set(SHARED) | {name for own in OPTIONS.values() for name in own}
     known(shared, every, "defaults")
     specs: list[Spec] = []
     for grid in given.get("grid", []):
-        own = grid | grid.get(scale, {})
-        if not phases or own.get("phase") in phases:
-            specs += _specs(own, shared | ({"model": model} if model else {}), model)
+        specs += _specs(grid, shared | ({"model": model} if model else {}), model)
     if not specs:
         raise ValueError(f"no grid of phase {', '.join(map(str, phases))}" if phases else "no grid")
     fallbacks = given.get("fallback", [])
     for step in fallbacks:
-        known(step, {*SHARED, *OPTIONS["document"], *OPTIONS["task"]}, "fallback")
+        known(step, _FALLBACK | set(OPTIONS["document"]) | set(OPTIONS["task"]), "fallback")
+        check_shared(step, "fallback", several=())
+    if model:  # instead of every model that the file names
+        fallbacks = [
+            left for f in fallbacks if (left := {k: v for k, v in f.items() if k != "model"})
+        ]
     experiment = Experiment(
         name=path.stem,
         title=title,
@@ -128,13 +133,26 @@ def _experiment(
     return experiment, fallbacks
 
 
-def _without(given: dict[str, Any], scales: set[str]) -> dict[str, Any]:
-    """A file without what it says for these scales: their variables may not be set."""
-    kept = {k: v for k, v in given.items() if k not in scales}
-    grids = kept.get("grid")
-    if isinstance(grids, list):
-        kept["grid"] = [{k: v for k, v in g.items() if k not in scales} for g in grids]
-    return kept
+def _of(given: dict[str, Any], scale: str, phases: tuple[int, ...]) -> dict[str, Any]:
+    """A file without what it says for other scales and phases: their variables may not be set."""
+    others = {*SCALES} - {scale}
+
+    def own(table: dict[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in table.items() if k not in others}
+        return kept | kept.pop(scale, {})
+
+    names = [grid.get("name") for grid in given.get("grid", [])]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two grids of one name: {', '.join(map(str, names))}")
+    made = {k: v for k, v in given.items() if k not in others}
+    grids = [own(grid) for grid in given.get("grid", [])]
+    made["grid"] = [g for g in grids if not phases or g.get("phase") in phases]
+    made["claim"] = [own(claim) for claim in given.get("claim", [])]
+    for part in ("claim", "figure"):
+        for table in given.get(part, []):
+            if table.get("grid") not in (None, *names):
+                raise ValueError(f"{part} {table!r}: there is no grid {table['grid']!r}")
+    return made
 
 
 def _specs(grid: dict[str, Any], shared: dict[str, Any], model: str | None) -> Iterator[Spec]:
@@ -144,10 +162,14 @@ def _specs(grid: dict[str, Any], shared: dict[str, Any], model: str | None) -> I
         known(grid, {*_GRID, *SHARED, *OPTIONS[kind]}, f"grid {name!r}")
     options = options_of(shared | grid, kind, f"grid {name!r}")
     made = SHARED | {k: v for k, v in (shared | grid).items() if k in SHARED}
+    check_shared(made, f"grid {name!r}")
     if model:
         made["model"] = model
     unused = "text" if kind == "task" else "task"
     axes = [[""] if axis == unused else _expanded(made[axis]) for axis in _LISTS]
+    if kind == "task":
+        for task in axes[-1]:
+            tasks.parse(task.replace("{seed}", "0"))
     for (m, text, task), repeat in itertools.product(itertools.product(*axes), range(made["repeats"])):  # fmt: skip
         seed = made["seed"] + repeat
         for cell, called in _cells(grid, seed, kind).items():
@@ -226,6 +248,22 @@ def _text(given: dict[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name!r} must be a text, not {value!r}")
     return value
+
+
+def check_shared(given: dict[str, Any], where: str, several: tuple[str, ...] = _LISTS) -> None:
+    """Raise ValueError if a value of `SHARED` is of another type than its default; `several`: which of
+    them may be lists.
+    """
+    for name, value in given.items():
+        if name not in SHARED or (name in several and isinstance(value, list)):
+            continue
+        wanted = type(SHARED[name])
+        if type(value) is not wanted:
+            raise ValueError(f"{where}: {name} is {value!r}, not of type {wanted.__name__}")
+    if given.get("dtype", "float32") not in DTYPES:
+        raise ValueError(f"{where}: dtype {given['dtype']!r}: one of {', '.join(DTYPES)}")
+    if given.get("repeats", 1) < 1:
+        raise ValueError(f"{where}: repeats {given['repeats']!r}: at least 1")
 
 
 def options_of(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:

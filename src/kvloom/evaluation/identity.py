@@ -102,9 +102,9 @@ def calibration_facts(model: nn.Module, name: str, text: Text) -> dict[str, str]
         "text": _basename(text.name),
         "text_sha256": text.sha256,
         "text_tokens": str(text.tokens),
-        "kvloom": _version("kvloom"),
+        "kvloom": installed("kvloom"),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
+        "transformers": installed("transformers"),
     }
 
 
@@ -151,12 +151,12 @@ def _module_source(name: str) -> str:
 def environment(device: torch.device) -> Environment:
     """The environment's part of a row."""
     return Environment(
-        kvloom=_version("kvloom"),
+        kvloom=installed("kvloom"),
         git=_commit(),
         source_sha256=source_sha256(),
         python=platform.python_version(),
         torch=torch.__version__,
-        transformers=_version("transformers"),
+        transformers=installed("transformers"),
         platform=f"{platform.system()} {platform.machine()}",
         cpu=_cpu(),
         capability=torch.backends.cpu.get_cpu_capability(),
@@ -167,7 +167,8 @@ def environment(device: torch.device) -> Environment:
     )
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str:
+    """Version of a package; "unknown" where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:  # a checkout that was never installed

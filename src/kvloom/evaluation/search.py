@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from kvloom.evaluation.experiment import Spec
-from kvloom.evaluation.experiment_file import SHARED, known, options_of
-from kvloom.evaluation.metrics import METRICS, AnyRow
+from kvloom.evaluation.experiment_file import OPTIONS, SHARED, check_shared, known, options_of
+from kvloom.evaluation.metrics import METRICS, OF_TASKS, AnyRow
 from kvloom.evaluation.metrics import value as metric_of
 from kvloom.evaluation.settings import filled
 
@@ -125,17 +125,31 @@ def _search(given: dict[str, Any], quick: bool, model: str | None) -> Search:
         raise ValueError(f"goal {goal!r} needs a limit")
     if not METRICS[metric].better:
         raise ValueError(f"metric {metric!r}: neither more nor less of it is better")
+    for part in ("cell", "quick"):
+        every = {"kind", *SHARED} | {name for own in OPTIONS.values() for name in own}
+        known(given.get(part, {}), every, f"[{part}]")
     spaces = [_space(s) for s in given.get("space", [])]
     if not spaces:
         raise ValueError("no space to search")
     cell = given.get("cell", {}) | (given.get("quick", {}) if quick else {})
     if model:
         cell["model"] = model
-    return Search(given.get("title", ""), goal, metric, float(limit), _cell(cell), spaces)
+    spec = _cell(cell)
+    measured = metric in OF_TASKS if spec.kind == "task" else True
+    if not measured or (
+        metric == "score" and spec.kind == "document" and not spec.options["needles"]
+    ):
+        raise ValueError(
+            f"metric {metric!r}: cells of kind {spec.kind!r} as asked for do not measure it"
+        )
+    return Search(given.get("title", ""), goal, metric, float(limit), spec, spaces)
 
 
 def _cell(given: dict[str, Any]) -> Spec:
     kind = given.get("kind", "document")
+    if kind not in ("document", "task"):
+        raise ValueError(f"[cell]: kind {kind!r}: document or task")
+    check_shared(given, "[cell]", several=())
     options = options_of(given, kind, "cell")
     made = SHARED | {k: v for k, v in given.items() if k in SHARED}
     return Spec(

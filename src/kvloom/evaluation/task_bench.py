@@ -57,6 +57,7 @@ class TaskBench:
             row=[SCHEMA, VERSION],
             model=self.model_facts.sha256,
             task=self.facts,
+            ends=sorted(answering.end_tokens(self.model, self.tokenizer)),
             **cell.parts(self.environment),
         )
 

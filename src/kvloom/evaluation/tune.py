@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from kvloom.evaluation.search import DIGITS, Search, Space
 from kvloom.evaluation.subjects import Cell, parse
 
 STUDY, TRIALS, BEST = "study.db", "trials.csv", "best.txt"
+RESULT = "result"  # of a trial, in the study
 SHOWN = ("retained", "ratio", "score", "decode_perplexity", "change", "kl", "top1", "tpot")
 
 
@@ -71,23 +73,23 @@ def run(
 ) -> list[Trial]:  # fmt: skip
     """Search until there are `trials` finished ones, those of earlier runs included; all of them.
 
-    Raises ValueError if optuna is missing, or if the folder holds another search.
+    Raises ValueError if optuna is missing, or if the folder holds another search, or trials that were
+    measured on another text or model, or by other versions.
     """
     study = _study(search, folder, seed)
     ledger, place = Ledger(folder), Workplace()
+    _check_fresh(search, _trials(study, ledger), place, folder)
     _give_up_interrupted(study)
     while len(_finished(study)) < trials:
         asked = study.ask()
         spec = _candidate(search, asked)
         trial = _measured(search, spec, asked.number, ledger, place)
-        for name in ("recipe", "budget", "failed", "violation"):
-            asked.set_user_attr(name, getattr(trial, name))
-        if trial.row is None:
-            study.tell(asked, state=optuna().trial.TrialState.FAIL)
-        else:
-            asked.set_user_attr("key", trial.row.key)
+        if trial.violation is not None:
             asked.set_constraint("limit", trial.violation)
-            study.tell(asked, trial.objective)
+        asked.set_user_attr(
+            RESULT, _spelled(trial)
+        )  # at once: a killed search finds all of it, or nothing
+        _tell(study, asked.number, trial.objective)
         write(_trials(study, ledger), folder)
         told(trial)
     found = _trials(study, ledger)
@@ -118,7 +120,8 @@ def write(trials: list[Trial], folder: Path) -> None:
     os.replace(part, folder / TRIALS)
     winner = best(trials)
     if winner is not None:
-        (folder / BEST).write_text(winner.text + "\n", encoding="utf-8")
+        part.write_text(winner.text + "\n", encoding="utf-8")
+        os.replace(part, folder / BEST)
 
 
 def _study(search: Search, folder: Path, seed: int) -> Any:
@@ -135,18 +138,49 @@ def _study(search: Search, folder: Path, seed: int) -> Any:
     return study
 
 
+def _tell(study: Any, number: int, objective: float | None) -> None:
+    if objective is None:
+        study.tell(number, state=optuna().trial.TrialState.FAIL)
+    else:
+        study.tell(number, objective)
+
+
 def _give_up_interrupted(study: Any) -> None:
-    """A trial that a killed run left open is closed, and proposed again."""
+    """A trial that a killed run left open is closed: with its result if it has one, else to be proposed
+    again.
+    """
     states = optuna().trial.TrialState
     for trial in study.get_trials(states=(states.RUNNING,)):
-        study.tell(trial.number, state=states.FAIL)
-        if trial.params:
+        result = json.loads(trial.user_attrs.get(RESULT, "{}"))
+        _tell(study, trial.number, result.get("objective"))
+        if not result and trial.params:
             study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
 
 
 def _finished(study: Any) -> list[Any]:
     """Trials that were measured or could not be: not those that were interrupted."""
-    return [t for t in study.get_trials() if "recipe" in t.user_attrs and t.state.is_finished()]
+    return [t for t in study.get_trials() if RESULT in t.user_attrs and t.state.is_finished()]
+
+
+def _check_fresh(search: Search, trials: list[Trial], place: Workplace, folder: Path) -> None:
+    """Raise ValueError if what was measured has another key now."""
+    for trial in trials:
+        if trial.row is None:
+            continue
+        spec = dataclasses.replace(search.cell, recipe=trial.recipe, budget=trial.budget)
+        if place.key(spec) != trial.row.key:
+            raise ValueError(
+                f"{str(folder)!r} holds trials that were measured on another text or model, or by other "
+                "versions of kvloom, torch or transformers, or on another machine: they cannot be "
+                "compared with new ones; choose another folder"
+            )
+        return
+
+
+def _spelled(trial: Trial) -> str:
+    """A trial as text; its row by its key."""
+    fields = {f.name: getattr(trial, f.name) for f in dataclasses.fields(trial)}
+    return json.dumps(fields | {"row": None if trial.row is None else trial.row.key})
 
 
 def _candidate(search: Search, trial: Any) -> Spec:
@@ -190,14 +224,8 @@ def _measured(search: Search, spec: Spec, number: int, ledger: Ledger, place: Wo
 
 
 def _trials(study: Any, ledger: Ledger) -> list[Trial]:
-    return [
-        Trial(
-            number=t.number, recipe=t.user_attrs["recipe"], budget=t.user_attrs["budget"],
-            row=ledger.get(t.user_attrs.get("key", "")), failed=t.user_attrs["failed"],
-            objective=t.value, violation=t.user_attrs["violation"],
-        )
-        for t in _finished(study)
-    ]  # fmt: skip
+    found = [json.loads(t.user_attrs[RESULT]) for t in _finished(study)]
+    return [Trial(**(fields | {"row": ledger.get(fields["row"] or "")})) for fields in found]
 
 
 def counted(trials: list[Trial]) -> str:

@@ -22,13 +22,17 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._stopped = False
 
     def ask(self, spec: Spec, known: list[str]) -> Finished:
         """Let it measure a cell; if it dies of that, this is what came of the cell."""
+        if self._stopped:
+            return Finished(failed="the run was stopped")
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "kvloom.evaluation.worker"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+                start_new_session=True,  # Ctrl-C is for the runner, which stops its workers
             )  # fmt: skip
         process = self._process
         assert process.stdin is not None and process.stdout is not None
@@ -43,11 +47,15 @@ class Worker:
         if answer.endswith("\n"):
             return Finished.from_json(answer)
         code = process.wait()
-        self.stop()
+        self._end()
         return Finished(failed=_death(code))
 
     def stop(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does, and start none any more."""
+        self._stopped = True
+        self._end()
+
+    def _end(self) -> None:
         if self._process is None:
             return
         process, self._process = self._process, None
@@ -97,3 +105,5 @@ def run(order: Order) -> Iterator[tuple[int, Finished]]:
     finally:
         for worker in workers:
             worker.stop()
+        for thread in threads:
+            thread.join()

@@ -19,7 +19,6 @@ from kvloom.evaluation.cells import (
     Fallback,
     Finished,
     Workplace,
-    changed,
     with_fallbacks,
 )
 from kvloom.evaluation.executors import Order
@@ -34,9 +33,12 @@ class _Actor:
     def __init__(self) -> None:
         self.place = Workplace()
 
-    def work(self, spec: str, known: list[str], fallbacks: list[dict[str, Any]]) -> str:
+    def work(self, spec: str, known: list[str], fallbacks: list[Fallback], start: int) -> str:
         done = with_fallbacks(
-            Spec(**json.loads(spec)), fallbacks, lambda s: self.place.work(s, frozenset(known))
+            Spec(**json.loads(spec)),
+            fallbacks,
+            lambda s: self.place.work(s, frozenset(known)),
+            start,
         )
         return json.dumps({"done": done.to_json(), "fallback": done.fallback})
 
@@ -67,12 +69,11 @@ def run(order: Order) -> Iterator[tuple[int, Finished]]:
 
 @dataclass
 class _Job:
-    """A cell as it is tried now, what is left to try, and what was changed for it."""
+    """A cell, and how many attempts at it have killed their actor."""
 
     number: int
     spec: Spec
-    fallbacks: list[Fallback]
-    changed: Fallback | None = None
+    died: int = 0
 
 
 class _Cluster:
@@ -82,7 +83,7 @@ class _Cluster:
         self.ray, self.order = ray, order
         held = ray.cluster_resources()
         self.held: Needs = (int(held.get("CPU", 0)), int(held.get("GPU", 0)))
-        self.waiting = [_Job(n, spec, order.fallbacks) for n, spec in order.specs.items()]
+        self.waiting = [_Job(n, spec) for n, spec in order.specs.items()]
         self.flying: dict[Any, tuple[_Job, Needs, Any]] = {}
         self.idle: list[tuple[Needs, Any]] = []
 
@@ -106,7 +107,7 @@ class _Cluster:
         if actor is None:
             return False
         text = json.dumps(dataclasses.asdict(job.spec))
-        reference = actor.work.remote(text, list(self.order.known), job.fallbacks)
+        reference = actor.work.remote(text, list(self.order.known), self.order.fallbacks, job.died)
         self.flying[reference] = (job, need, actor)
         return True
 
@@ -136,16 +137,14 @@ class _Cluster:
             answer = json.loads(self.ray.get(reference))
         except self.ray.exceptions.RayError as error:  # the actor died; the next cell gets another
             words = " ".join(str(error).split())[:300]
-            if not isinstance(error, self.ray.exceptions.OutOfMemoryError):
-                yield job.number, Finished(failed=words, fallback=job.changed)
-            elif job.fallbacks:
-                first, *rest = job.fallbacks
-                spec = changed(self.order.specs[job.number], first)
-                self.waiting.insert(0, _Job(job.number, spec, rest, first))
+            killed = isinstance(error, self.ray.exceptions.OutOfMemoryError)
+            if killed and job.died < len(self.order.fallbacks):
+                self.waiting.insert(0, _Job(job.number, job.spec, job.died + 1))
             else:
-                failed = f"{OUT_OF_MEMORY}: {words}"
-                yield job.number, Finished(failed=failed, fallback=job.changed)
+                failed = f"{OUT_OF_MEMORY}: {words}" if killed else words
+                fallback = self.order.fallbacks[job.died - 1] if job.died else None
+                yield job.number, Finished(failed=failed, fallback=fallback)
             return
         self.idle.append((need, actor))
         done = Finished.from_json(answer["done"])
-        yield job.number, dataclasses.replace(done, fallback=answer["fallback"] or job.changed)
+        yield job.number, dataclasses.replace(done, fallback=answer["fallback"])
