@@ -50,6 +50,12 @@ def test_text_has_no_meaning_for_tex() -> None:
     )
 
 
+def test_no_row_begins_as_an_option_of_the_row_before() -> None:
+    rows = [[Entry(x), Entry("1", value=1.0)] for x in ("[x]", "*y", "[3cm]")]
+    lines = [x for x in latex._table(Table(["name", "n"], rows)) if x.endswith(r"& 1 \\")]
+    assert [x.split(" &")[0] for x in lines] == ["{[}x]", "{*}y", "{[}3cm]"]
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="TeX is not installed")
 def test_it_builds(written: build.Made) -> None:
     assert written.unbuilt == ""

@@ -30,11 +30,11 @@ PREAMBLE = r"""\documentclass[10pt,a4paper]{article}
 \newcolumntype{N}[1]{>{\raggedleft\arraybackslash}p{#1}}
 \begin{document}
 """
-# What has a meaning of its own, or is no character of TeX's own fonts.
+# What has a meaning of its own, if only behind the end of a row, or is no character of TeX's own fonts.
 SPELLED = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#",
     "$": r"\$", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": "$<$", ">": "$>$",
-    "|": "$|$", "±": r"$\pm$", "·": r"$\cdot$", '"': "''", "\n": " ", "\t": " ",
+    "[": "{[}", "*": "{*}", "|": "$|$", "±": r"$\pm$", "·": r"$\cdot$", '"': "''", "\n": " ", "\t": " ",
 }  # fmt: skip
 BREAKS = ("_", ",", "(", "=", "|", "/", ".", ";")  # a long recipe may go on in the next line here
 
@@ -106,7 +106,9 @@ def _part(table: Table, words: Sequence[int], numbers: Sequence[int]) -> Iterato
     head = " & ".join(rf"\textbf{{{text(table.columns[i])}}}" for i in chosen)
     yield head + r" \\\midrule\endhead"
     for row in table.rows:
-        yield " & ".join(_entry(row[i], table.columns[i], i < table.words) for i in chosen) + r" \\"
+        yield (
+            " & ".join(_entry(row[i], table.columns[i], i < table.words) for i in chosen) + r" \\"
+        )
     yield r"\bottomrule\end{longtable}}"
 
 
