@@ -1,5 +1,8 @@
 """Rows of the same budget are compared, so they should hold the same bytes; where not, it is said.
 
+Without a budget, recipes that evict state a size of their own (`streaming_llm(recent=250)`); whether
+these hold the same bytes is said as well.
+
 Bytes are those of the compressed layers. Two things excuse a row, and are said too: its floor is above
 the budget, or nothing was evicted, so that the budget had no say.
 """
@@ -12,6 +15,8 @@ from typing import Protocol, TypeVar
 from kvloom.evaluation.results import Counts, Subject
 
 TOLERANCE = 0.02
+OWN = "No budget, sizes of their own"
+SHOWN = 4  # recipes that a sentence names; more are counted
 
 
 class HeldBytes(Protocol):
@@ -112,6 +117,8 @@ def remarks(rows: Sequence[Comparable]) -> list[str]:
     """Whether the rows of each budget hold equal bytes, and what is special about single rows."""
     said = []
     for budget, held in groups(rows).items():
+        if budget is None:
+            said += _of_own_size(held)
         if budget is None or sum(not (idle(r) or above(r)) for r in held) < 2:
             continue
         try:
@@ -127,6 +134,19 @@ def remarks(rows: Sequence[Comparable]) -> list[str]:
         if named:
             said.append(f"{words}: {', '.join(named)}.")
     return said
+
+
+def _of_own_size(rows: Sequence[Comparable]) -> list[str]:
+    """Of rows without a budget, whether those that evicted hold equal bytes; nothing of fewer than two."""
+    held = [r for r in rows if r.subject.evicts and not (r.subject.baseline or idle(r))]
+    if len(held) < 2:
+        return []
+    less = sorted(unequal(held).items(), key=lambda x: x[1])
+    if not less:
+        return [f"{OWN}: equal bytes, within {TOLERANCE:.0%}."]
+    listed = ", ".join(f"{recipe} {share - 1:.0%}" for recipe, share in less[:SHOWN])
+    more = f", and {len(less) - SHOWN} more" if len(less) > SHOWN else ""
+    return [f"{OWN}: NOT equal bytes; against the largest: {listed}{more}."]
 
 
 def _why(budget: str) -> str:
