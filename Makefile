@@ -74,6 +74,7 @@ docs: $(READY)
 	$(BIN)/python docs/make_kernels.py
 	$(BIN)/python docs/make_analyze.py
 	$(BIN)/python docs/make_report.py
+	$(BIN)/python docs/make_results.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
