@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure as Drawn
+from matplotlib.text import Text as Drawn_text
 
 from kvloom.evaluation.experiment import Claim, Experiment, Figure, Outcome
 from kvloom.evaluation.metrics import METRICS
-from kvloom.evaluation.report import curves, data, equality, kinds
+from kvloom.evaluation.report import build, curves, data, equality, kinds
 from kvloom.evaluation.report.blocks import Block, Note, Picture, Table
 from kvloom.evaluation.report.data import Cell, Data, Missing
+from kvloom.evaluation.results import Subject
 from kvloom.evaluation.statistics import Summary
 from tests.evaluation.report import made
 
@@ -44,7 +46,9 @@ def notes(blocks: list[Block]) -> str:
 
 def test_repeats_are_one_cell_and_budgets_are_not() -> None:
     found = Data.of(made.experiment(), Figure("table", "", "main"), Path()).cells()
-    assert len(found) == 1 + 3 * 3 and {len(c.outcomes) for c in found} == {3}
+    own = [c for c in found if c.changes]  # what fell back is a cell of its own
+    assert len(found) == 1 + 3 * 3 + 1 and [len(c.outcomes) for c in own] == [1]
+    assert sorted(len(c.outcomes) for c in found) == [1, 2, *[3] * 9]
 
 
 def test_the_seed_of_a_repeat_does_not_tell_recipes_or_tasks_apart() -> None:
@@ -97,6 +101,79 @@ def test_parameters_are_found_by_name_and_ambiguity_is_named() -> None:
         data.parameter(both, "sinks")
 
 
+# -- what ran otherwise than asked ---------------------------------------------------------------
+
+
+def fell_back(**fallback: Any) -> list[Outcome]:
+    """Two recipes on two texts; one of them ran otherwise on the second."""
+    found = [
+        made.document(recipe, None, harm + (text == "b"), 0.5, spec={"text": text}, text={"name": text, "sha256": text})
+        for text in ("a", "b")
+        for recipe, harm in (("none", 0.0), ("snapkv", 0.1), ("streaming_llm(recent=60)", 0.2))
+    ]  # fmt: skip
+    found[4].fallback = fallback
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fallback", "words"),
+    [
+        ({"model": "org/tiny"}, "model tiny"), ({"prefill_chunk": 64}, "prefill_chunk 64"),
+        ({"dtype": "bfloat16", "tokens": 9}, "dtype bfloat16, tokens 9"),
+    ],
+)  # fmt: skip
+def test_what_ran_otherwise_is_averaged_with_nothing_else(
+    fallback: dict[str, Any], words: str
+) -> None:
+    outcomes = fell_back(**fallback)
+    blocks = make(
+        "table", None, made.experiment(outcomes, claims=[]), columns=["kl"], fold=["text"]
+    )
+    shown = {r["recipe"].text: r[METRICS["kl"].label] for r in table(blocks)}
+    own = f"*snapkv ({words})"
+    assert list(shown) == ["none", "snapkv", "streaming_llm(recent=60)", own]
+    assert shown["snapkv"].keys == (outcomes[1].key,) and shown[own].keys == (outcomes[4].key,)
+    assert len(shown["none"].keys) == 2
+    for cell in Data.of(made.experiment(outcomes), Figure("pareto", ""), Path()).subjects():
+        assert len({data.changes(o) for o in cell.outcomes}) == 1
+    parts = Data.of(made.experiment(outcomes), Figure("pareto", "X"), Path()).by_model()
+    assert len(parts) == (1 if "prefill_chunk" in fallback else 2)
+
+
+def test_a_fallback_without_effect_or_without_a_row_changes_no_cell() -> None:
+    outcomes = fell_back(model="testbed")
+    failed = Outcome(made.spec("h2o"), failed="out of memory", fallback={"model": "org/tiny"})
+    found = Data.of(made.experiment([*outcomes, failed]), Figure("table", ""), Path()).cells(["text"])  # fmt: skip
+    assert [c.name for c in found] == ["none", "snapkv", "streaming_llm(recent=60)", "h2o"]
+    assert found[-1].spec.model == "testbed"
+
+
+@pytest.mark.parametrize("figure_", made.FIGURES, ids=lambda f: f.kind)
+def test_every_figure_names_what_ran_otherwise_and_explains_the_mark(figure_: Figure) -> None:
+    if figure_.kind in ("energy", "needles"):
+        pytest.skip("no documents")
+    experiment = made.experiment()
+    last = [o for o in experiment.grid(figure_.grid) if o.row is not None][-1]
+    last.fallback = {"prefill_chunk": 256}
+    drawn = dataclasses.replace(experiment, figures=[figure_])
+    (section,) = build.chapter(drawn, Path("nowhere")).sections
+    assert not section.missing
+    said = [e.text for t in section.blocks if isinstance(t, Table) for r in t.rows for e in r]
+    said += [x.get_text() for b in section.blocks if isinstance(b, Picture) for x in b.figure.findobj(Drawn_text)]  # fmt: skip
+    said.append(notes(list(section.blocks)))
+    assert any("prefill_chunk 256" in x and "*" in x for x in said)
+    assert notes(list(section.blocks)).count(data.MARKED) == (
+        figure_.kind not in ("knorm", "ablation")  # which need one more cell that ran likewise
+    )
+
+
+def test_claims_of_another_model_are_not_beside_it() -> None:
+    claim = Claim("snapkv", "kl", 0.5, "a paper")
+    rows = table(make("table", None, made.experiment(fell_back(model="org/tiny"), claims=[claim]), fold=["text"]))  # fmt: skip
+    said = {r["recipe"].text: r[METRICS["kl"].label + ", published"].text for r in rows}
+    assert said["snapkv"] == "0.5000 [1]" and said["*snapkv (model tiny)"] == ""
+
+
 # -- table ---------------------------------------------------------------------------------------
 
 
@@ -106,13 +183,13 @@ def test_a_table_has_the_mean_of_the_repeats_and_leads_to_their_rows() -> None:
     for row in rows:
         same = [
             o for o in experiment.grid("main")
-            if o.row and o.spec.recipe == row["recipe"].text and (o.spec.budget or "") == row["budget"].text
+            if o.row and data.named(o) == row["recipe"].text and (o.spec.budget or "") == row["budget"].text
         ]  # fmt: skip
         values = [o.row.quality.kl for o in same]  # type: ignore[union-attr]
         entry = row[METRICS["kl"].label]
         assert entry.value == pytest.approx(stdlib.fmean(values))
         assert entry.keys == tuple(o.key for o in same)
-        if stdlib.stdev(values):
+        if len(values) > 1 and stdlib.stdev(values):
             assert f"± {stdlib.stdev(values):.4f}" in entry.text and entry.detail.startswith("[")
         else:
             assert "±" not in entry.text and entry.detail == ""
@@ -169,6 +246,30 @@ def test_equal_bytes_are_stated_over_all_texts() -> None:
     tasks = [made.task(r, "25%", n, {0.5: [1.0]}, s) for r, s in (("a", 0.25), ("b", 0.2)) for n in (512, 1024)]  # fmt: skip
     said_of_tasks = equality.statements(made.rows_of(tasks))
     assert len(said_of_tasks) == 1 and "on all 2 texts and tasks" in said_of_tasks[0]
+
+
+def test_equal_bytes_are_stated_where_recipes_have_sizes_of_their_own() -> None:
+    sizes = (
+        ("none", 1.0),
+        ("int4", 0.25),
+        ("streaming_llm(recent=250)", 0.2),
+        ("h2o(recent=250)", 0.2),
+    )
+    rows = made.rows_of([made.document(r, share=s, subject=Subject(r, r, None, False, r[0] in "sh"), counts={"evicted": 2}) for r, s in sizes])  # fmt: skip
+    same = "No budget, sizes of their own: equal bytes, within 2%."
+    assert equality.statements(rows) == [same]
+    rows += made.rows_of(
+        [
+            made.document(f"snapkv(recent={n})", share=0.2 - n / 100, counts={"evicted": 2})
+            for n in range(4, 10)
+        ]
+    )
+    (said,) = equality.statements(rows)
+    assert said.startswith("No budget, sizes of their own: NOT equal bytes; against the largest: ")
+    assert "snapkv(recent=9) -45%, snapkv(recent=8) -40%" in said and said.endswith("and 2 more.")
+    assert (
+        equality.statements(rows[:3]) == []
+    )  # a full cache and a format have no size of their own
 
 
 # -- quality against bytes -----------------------------------------------------------------------
@@ -292,6 +393,7 @@ def test_a_sweep_over_budgets_has_a_line_per_recipe() -> None:
         "streaming_llm",
         "snapkv",
         "snapkv | int4",
+        "*snapkv | int4 (prefill_chunk 256)",
     ]
 
 
@@ -360,4 +462,4 @@ def test_looks_are_the_same_in_every_figure() -> None:
     for kind, options in (("pareto", {"y": "kl"}), ("retention", {"y": "kl"})):
         axes = figure(make(kind, "main", **options)).axes[0]
         colours.append({str(c.get_label()): c.lines[0].get_color() for c in axes.containers})  # type: ignore[attr-defined]
-    assert colours[0] == colours[1] and len(set(itertools.chain(colours[0].values()))) == 4
+    assert colours[0] == colours[1] and len(set(itertools.chain(colours[0].values()))) == 5

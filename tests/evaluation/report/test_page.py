@@ -6,13 +6,15 @@ import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from kvloom.cli.main import app
-from kvloom.evaluation.experiment import Figure
-from kvloom.evaluation.report import build, html, rows
+from kvloom.evaluation.experiment import Claim, Figure, Outcome
+from kvloom.evaluation.report import build, facts, html, rows
+from kvloom.evaluation.report.blocks import Table
 from tests.evaluation.report import made
 
 
@@ -151,6 +153,75 @@ def test_several_folders_make_one_page(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "Another" in text and "A made" in text and read(page).open == []
     assert len(set(read(page).ids)) == len(read(page).ids)
+
+
+def test_two_folders_of_one_experiment_keep_their_own_figures(tmp_path: Path) -> None:
+    figures = [Figure("pareto", "Quality", "main", {"y": "kl"})]
+    folders = []
+    for name, harm in (("quick/runs", 0.1), ("runs", 0.9), ("other/runs", 0.4)):
+        rows = [made.document("none"), made.document("h2o", "25%", harm, 0.25)]
+        folders.append(made.write(made.experiment(rows, figures=figures), tmp_path / name))
+    built = build.build(folders, tmp_path / "out")
+    page = read(built.page)
+    assert len(page.ids) == len(set(page.ids)) and set(page.links) <= set(page.ids)
+    assert len(page.images) == len(set(page.images)) == 3  # none is shown for another
+    assert len(built.figures) == len(set(built.figures)) == 6
+    for folder, image in zip(folders, page.images, strict=True):
+        alone = read(build.build([folder], tmp_path / "alone").page).images
+        assert len(alone[0]) == pytest.approx(len(image), rel=0.1)
+    assert "A made &lt;experiment&gt; (runs)" in built.page.read_text(encoding="utf-8")
+
+
+def test_no_figure_is_written_over_another(tmp_path: Path) -> None:
+    figures = [Figure("pareto", "Quality", "main", {"y": "kl"})]
+    rows = [made.document("none"), made.document("h2o", "25%", 0.1, 0.25)]
+    chapters = [build.chapter(made.experiment(rows, figures=figures), tmp_path)] * 2
+    with pytest.raises(ValueError, match="two figures are called 'made-01-pareto'"):
+        build.draw(chapters, tmp_path, ("svg",))
+
+
+def claims_table(*outcomes: Outcome, **parts: Any) -> list[list[str]]:
+    (found, *_) = facts.claims(made.experiment(list(outcomes), **parts))
+    assert isinstance(found, Table)
+    return [[e.text for e in row[3:4]] + [row[6].text, str(len(row[6].keys))] for row in found.rows]
+
+
+CLAIM = Claim("snapkv", "kl", 0.5, "a paper")
+
+
+def test_claims_count_each_row_once() -> None:
+    one = made.document("snapkv", "25%", 0.1)
+    again = dataclasses.replace(one, spec=made.spec("snapkv", "25%", repeat=1, seed=1))
+    elsewhere = dataclasses.replace(one, spec=made.spec("snapkv", "25%", grid="other"))
+    found = claims_table(one, again, elsewhere, claims=[CLAIM])
+    assert found == [["25% · stdlib", "0.1000", "1"]]
+    # a grid that shares the row is still what its claim is about
+    of_grid = dataclasses.replace(CLAIM, grid="other")
+    assert claims_table(one, elsewhere, claims=[of_grid]) == [["25% · stdlib", "0.1000", "1"]]
+
+
+def test_claims_are_of_means_over_seeds_and_say_what_else_differs() -> None:
+    seeds = [
+        made.document(f"random(seed={s})", None, 0.1 * (s + 1), spec={"seed": s, "repeat": s, "name": "chance"})
+        for s in range(3)
+    ]  # fmt: skip
+    chance = dataclasses.replace(CLAIM, recipe="chance")
+    ((_, mean, keys),) = claims_table(*seeds, claims=[chance])
+    assert mean.startswith("0.2000 ±") and keys == "3"
+    long, short = (
+        made.document("snapkv", None, 0.1, spec={"options": {"tokens": n}}) for n in (512, 64)
+    )
+    found = [row[0] for row in claims_table(long, short, claims=[CLAIM])]
+    assert found == ["stdlib · tokens 512", "stdlib · tokens 64"]
+
+
+def test_what_ran_with_another_model_stands_beside_no_claim() -> None:
+    asked, smaller = made.document("snapkv", None, 0.1), made.document("snapkv", None, 0.3)
+    smaller.fallback = {"model": "org/tiny"}
+    assert claims_table(asked, smaller, claims=[CLAIM]) == [["stdlib", "0.1000", "1"]]
+    assert claims_table(smaller, claims=[CLAIM]) == [["", "not measured", "0"]]
+    asked.fallback = {"prefill_chunk": 64}
+    assert claims_table(asked, claims=[CLAIM]) == [["stdlib · *prefill_chunk 64", "0.1000", "1"]]
 
 
 def test_the_command_needs_rows(tmp_path: Path) -> None:

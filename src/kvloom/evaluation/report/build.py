@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kvloom.evaluation.experiment import Experiment, Figure
 from kvloom.evaluation.report import facts, folders, kinds, latex, style
-from kvloom.evaluation.report.blocks import Block, Note, Picture
-from kvloom.evaluation.report.data import Data, Missing
+from kvloom.evaluation.report.blocks import Block, Note, Picture, Table
+from kvloom.evaluation.report.data import MARK, MARKED, Data, Missing
 from kvloom.evaluation.report.page import Chapter, Section, page, slug
 
 NAME = "report.html"
@@ -40,15 +40,19 @@ def build(given: Sequence[Path], out: Path, tex: bool = False) -> Made:
 
     Raises ValueError if a folder holds no results, OSError if `out` cannot be written.
     """
-    chapters = [chapter(folders.load(folder), folder) for folder in given]
+    made = [(folders.load(folder), folder) for folder in given]
+    chapters = [
+        chapter(dataclasses.replace(experiment, title=title), folder, stem)
+        for (experiment, folder), title, stem in zip(made, _titles(made), _stems(made), strict=True)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     figures = draw(chapters, out / FIGURES, FORMATS)
     titles = ", ".join(c.experiment.title for c in chapters)
     path = out / NAME
     path.write_text(page(titles, chapters, out / FIGURES), encoding="utf-8")
     missing = [f"{s.title}: {s.missing}" for c in chapters for s in c.sections if s.missing]
-    made = Made(path, figures, missing)
-    return _with_tex(made, titles, chapters, out) if tex else made
+    written = Made(path, figures, missing)
+    return _with_tex(written, titles, chapters, out) if tex else written
 
 
 def _with_tex(made: Made, titles: str, chapters: Sequence[Chapter], out: Path) -> Made:
@@ -61,13 +65,40 @@ def _with_tex(made: Made, titles: str, chapters: Sequence[Chapter], out: Path) -
     )
 
 
-def chapter(experiment: Experiment, folder: Path) -> Chapter:
-    """All figures of one experiment; what stands in its head comes from the same rows."""
+def _titles(made: Sequence[tuple[Experiment, Path]]) -> list[str]:
+    """Titles, with the folder where several folders are of one title."""
+    titles = [experiment.title for experiment, _ in made]
+    return [
+        f"{t} ({folder.resolve().name})" if titles.count(t) > 1 else t
+        for t, (_, folder) in zip(titles, made, strict=True)
+    ]
+
+
+def _stems(made: Sequence[tuple[Experiment, Path]]) -> list[str]:
+    """What files and ids of each chapter begin with: the experiment's name, with the folder's where several
+    are of one name, and numbered where that is not enough.
+    """
+    names = [slug(experiment.name) for experiment, _ in made]
+    found: list[str] = []
+    for name, (_, folder) in zip(names, made, strict=True):
+        stem = f"{name}-{slug(folder.resolve().name)}" if names.count(name) > 1 else name
+        numbered = (f"{stem}-again-{n}" for n in range(2, len(made) + 2))
+        found.append(next(s for s in (stem, *numbered) if s not in found))
+    return found
+
+
+def chapter(experiment: Experiment, folder: Path, stem: str = "") -> Chapter:
+    """All figures of one experiment; what stands in its head comes from the same rows.
+
+    Args:
+        stem: what its files and ids begin with; its name by default.
+    """
+    stem = stem or slug(experiment.name)
     sections = [
         part
         for number, figure in enumerate(map(_titled, folders.with_analyses(experiment, folder)), 1)
         for part in _sections(
-            experiment, figure, folder, f"{slug(experiment.name)}-{number:02d}-{slug(figure.kind)}"
+            experiment, figure, folder, f"{stem}-{number:02d}-{slug(figure.kind)}"
         )
     ]
     trouble, claims = facts.trouble(experiment), facts.claims(experiment)
@@ -96,7 +127,7 @@ def _sections(experiment: Experiment, figure: Figure, folder: Path, stem: str) -
     for number, part in enumerate(parts):
         at = stem if len(parts) == 1 else f"{stem}-{number + 1}"
         try:
-            found.append(Section(part.figure.title, at, kind.make(part)))
+            found.append(Section(part.figure.title, at, _explained(kind.make(part))))
         except Missing as error:
             found.append(Section(part.figure.title, at, missing=str(error)))
         except ValueError as error:  # options that make no sense
@@ -104,12 +135,25 @@ def _sections(experiment: Experiment, figure: Figure, folder: Path, stem: str) -
     return found
 
 
+def _explained(blocks: list[Block]) -> list[Block]:
+    """With a sentence on what is marked, if something is."""
+    tables = [block for block in blocks if isinstance(block, Table)]
+    marked = any(e.text.startswith(MARK) for table in tables for row in table.rows for e in row)
+    return [*blocks, Note(MARKED)] if marked else blocks
+
+
 def draw(chapters: Sequence[Chapter], folder: Path, formats: Sequence[str]) -> list[Path]:
-    """Write every picture into a folder, in each format."""
-    made = []
+    """Write every picture into a folder, in each format, and none over another.
+
+    Raises ValueError if two of them have one name.
+    """
+    made: list[Path] = []
     for section in (s for c in chapters for s in c.sections):
         for block in section.blocks:
             if isinstance(block, Picture):
                 folder.mkdir(parents=True, exist_ok=True)
-                made += style.save(block.figure, folder, section.file(block), formats)
+                saved = style.save(block.figure, folder, section.file(block), formats)
+                if set(saved) & set(made):
+                    raise ValueError(f"two figures are called {section.file(block)!r}")
+                made += saved
     return made

@@ -12,11 +12,18 @@ from typing import Any
 
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import subjects
+from kvloom.evaluation.analysis_cells import folder_of
+from kvloom.evaluation.cells import changed
 from kvloom.evaluation.experiment import Claim, Experiment, Figure, Outcome, Spec
 from kvloom.evaluation.metrics import AnyRow, value
 from kvloom.evaluation.statistics import Summary, summary
 from kvloom.evaluation.task_results import TaskRow
 
+MARK = "*"  # before the name of what ran otherwise than asked
+MARKED = (
+    f"{MARK} ran otherwise than asked, since memory ran out: it is shown by itself, with what was changed, and no mean "
+    "holds it together with others."
+)
 REPEATS = frozenset({"seed", "repeat"})
 # What cells may differ in, besides recipe and budget; the order is that of a table's columns.
 FACETS = ("model", "dtype", "device", "threads", "text", "task", "synthetic", "grid")
@@ -34,30 +41,69 @@ def called(spec: Spec) -> str:
     return spec.name or unseeded(spec.recipe, spec.seed)
 
 
+def ran(outcome: Outcome) -> Spec:
+    """A cell as it was measured: with what its fallback changed."""
+    return changed(outcome.spec, outcome.fallback) if outcome.key else outcome.spec
+
+
+def changes(outcome: Outcome) -> str:
+    """How a cell ran otherwise than asked, e.g. `"prefill_chunk 256"`; empty if it ran as asked."""
+    asked, own = _flat(outcome.spec), _flat(ran(outcome))
+    own["model"] = (
+        Path(str(own["model"])).name if own["model"] != asked["model"] else asked["model"]
+    )
+    return ", ".join(f"{k} {v}" for k, v in own.items() if v != asked.get(k))
+
+
+def _flat(spec: Spec) -> dict[str, Any]:
+    fields = dataclasses.asdict(spec)
+    return fields | fields.pop("options")
+
+
+def named(outcome: Outcome) -> str:
+    """What figures call what ran: the recipe, marked and with the changes if it ran otherwise than asked."""
+    other = changes(outcome)
+    return f"{MARK}{called(outcome.spec)} ({other})" if other else called(outcome.spec)
+
+
+def claimed(experiment: Experiment, outcome: Outcome) -> list[Claim]:
+    """What was published about a cell; nothing if it ran with another model than was asked for."""
+    same = ran(outcome).model == outcome.spec.model
+    return experiment.claims_of(outcome) if same else []
+
+
 def unseeded(text: str, seed: int) -> str:
     """A recipe or task without `seed=...`, where that is the repeat's."""
     text = re.sub(rf"(,\s*)?\bseed={seed}\b", "", text)
     return re.sub(r"\(,\s*", "(", text).replace("()", "")
 
 
-def _identity(spec: Spec) -> dict[str, Any]:
-    """What tells cells apart: repeats may differ in the seed that stands in a recipe or task."""
-    fields = dataclasses.asdict(spec)
+def _identity(outcome: Outcome) -> dict[str, Any]:
+    """What tells cells apart, of what ran: repeats may differ in the seed that stands in a recipe or task;
+    what a fallback changed always tells apart.
+    """
+    spec = ran(outcome)
+    fields = dataclasses.asdict(spec) | {"changes": changes(outcome)}
     task = None if spec.task is None else unseeded(spec.task, spec.seed)
     return fields | {"recipe": unseeded(spec.recipe, spec.seed), "task": task}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Outcomes that are repeats of each other, the first one's `spec` standing for all."""
+    """Outcomes that are repeats of each other; `spec`: of the first one, as it ran, standing for all."""
 
     spec: Spec
     outcomes: tuple[Outcome, ...]
 
     @property
     def name(self) -> str:
-        """What figures call the recipe."""
-        return called(self.spec)
+        """What figures call it, see `named`."""
+        return named(self.outcomes[0]) if self.outcomes else called(self.spec)
+
+    @property
+    def changes(self) -> str:
+        """See `changes`."""
+        return changes(self.outcomes[0]) if self.outcomes else ""
 
     @property
     def rows(self) -> list[AnyRow]:
@@ -114,7 +160,7 @@ class Data:
         for i, o in enumerate(experiment.grid(figure.grid)):
             if o.spec.kind not in ANALYSES:
                 # several grids may ask for the same cell: its row is one measurement and counts once
-                held.setdefault((o.key or f"none {i}", called(o.spec)), o)
+                held.setdefault((o.key or f"none {i}", named(o)), o)
         return cls(experiment, figure, folder, tuple(held.values()))
 
     def analyses(self, kind: str) -> list[Path]:
@@ -123,8 +169,8 @@ class Data:
         Raises Missing if there is none.
         """
         cells = [o for o in self.experiment.grid(self.figure.grid) if o.spec.kind == kind]
-        named = [self.folder / kind / o.key[:16] for o in cells if o.key]
-        found = [path for path in named if path.is_dir()]
+        kept = [folder_of(self.folder, kind, o.key) for o in cells if o.key]
+        found = [path for path in dict.fromkeys(kept) if path.is_dir()]
         if not cells:
             found = sorted(path.parent for path in self.folder.rglob(f"{kind}.jsonl"))
         if not found:
@@ -154,9 +200,9 @@ class Data:
             raise Missing(f"grid {self.figure.grid!r} has no cells" if self.figure.grid else "there are no cells")  # fmt: skip
         found: dict[str, list[Outcome]] = {}
         for outcome in self.outcomes:
-            fields = {k: v for k, v in _identity(outcome.spec).items() if k not in folded}
+            fields = {k: v for k, v in _identity(outcome).items() if k not in folded}
             found.setdefault(json.dumps(fields, sort_keys=True, default=str), []).append(outcome)
-        return [Cell(held[0].spec, tuple(held)) for held in found.values()]
+        return [Cell(ran(held[0]), tuple(held)) for held in found.values()]
 
     def subjects(self, apart: str = "") -> list[Cell]:
         """Cells by recipe, budget and model alone: means over texts, tasks and seeds; and by the options,
@@ -169,13 +215,15 @@ class Data:
     @property
     def recipes(self) -> list[str]:
         """Names of all recipes of the experiment in order, so that each looks the same in every figure."""
-        return list(dict.fromkeys(called(o.spec) for o in self.experiment.outcomes))
+        asked = [called(o.spec) for o in self.experiment.outcomes]
+        return list(dict.fromkeys([*asked, *map(named, self.experiment.outcomes)]))
 
     def by_model(self) -> list[Data]:
-        """One for each model and dtype."""
+        """One for each model and dtype that ran."""
         found: dict[tuple[str, str], list[Outcome]] = {}
         for o in self.outcomes:
-            found.setdefault((o.spec.model, o.spec.dtype), []).append(o)
+            spec = ran(o)
+            found.setdefault((spec.model, spec.dtype), []).append(o)
         if len(found) < 2:
             return [self]
         return [
@@ -190,8 +238,8 @@ class Data:
         ]
 
     def claims(self, cell: Cell) -> list[Claim]:
-        """What was published about a cell."""
-        return list(dict.fromkeys(c for o in cell.outcomes for c in self.experiment.claims_of(o)))
+        """What was published about a cell, see `claimed`."""
+        return list(dict.fromkeys(c for o in cell.outcomes for c in claimed(self.experiment, o)))
 
 
 def varying(cells: Sequence[Cell]) -> list[str]:
@@ -265,9 +313,11 @@ def series(cells: Sequence[Cell], swept: Sequence[str]) -> list[str]:
         known = parameters(cell.spec)
         gone = {k for name in swept for k in full_names(known, name)}
         left = {k: repr(v) for k, v in known.items() if k not in gone}
+        asked = cell.outcomes[0].spec if cell.outcomes else cell.spec
         left |= {
             "budget": cell.spec.budget or "none",
-            **{k: str(v) for k, v in cell.spec.options.items()},
+            f"{MARK}ran with": cell.changes,
+            **{k: str(v) for k, v in asked.options.items()},
         }
         own.append(
             {k: v for k, v in left.items() if k not in swept} | {"": "" if gone else cell.name}

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from kvloom.evaluation import table as terminal
-from kvloom.evaluation.experiment import Experiment, Outcome
+from kvloom.evaluation.experiment import Claim, Experiment, Figure, Outcome
 from kvloom.evaluation.metrics import METRICS
 from kvloom.evaluation.report.blocks import Block, Entry, Note, Table, measured
-from kvloom.evaluation.report.data import ANALYSES, Cell
+from kvloom.evaluation.report.data import (
+    ANALYSES,
+    MARK,
+    MARKED,
+    Cell,
+    Data,
+    claimed,
+    facet,
+    varying,
+)
 from kvloom.evaluation.results import Row
 
 SCALES = {
@@ -70,16 +80,14 @@ def claims(experiment: Experiment) -> list[Block]:
     rows = []
     for claim in experiment.claims:
         metric = METRICS[claim.metric]
-        cells = _cells(o for o in experiment.outcomes if claim in experiment.claims_of(o))
+        cells = _cells(experiment, claim)
+        facets = varying(cells)
         found = [(c, s) for c in cells if (s := c.summary(claim.metric)) is not None]
         published = Entry(metric.show(claim.value), value=claim.value)
         head = [Entry(claim.recipe), Entry(claim.budget or ""), Entry(metric.label)]
         for cell, mean in found:
             ours = measured(claim.metric, mean, cell.keys(claim.metric))
-            at = " · ".join(
-                x for x in (cell.spec.budget or "", cell.spec.text or cell.spec.task or "") if x
-            )
-            rows.append([*head, Entry(at), Entry(claim.where), published, ours])
+            rows.append([*head, Entry(_where(cell, facets)), Entry(claim.where), published, ours])
         if not found:
             rows.append([*head, Entry(""), Entry(claim.where), published, Entry("not measured")])
     columns = ["recipe", "budget", "metric", "measured at", "published in", "published", "measured"]
@@ -88,8 +96,30 @@ def claims(experiment: Experiment) -> list[Block]:
         Note(
             "Published figures are of the model and machine named there; ours are of this page's."
         ),
+        *([Note(MARKED)] if any(MARK in row[3].text for row in rows) else []),
         *map(Note, _busy(experiment)),
     ]
+
+
+def _cells(experiment: Experiment, claim: Claim) -> list[Cell]:
+    """The cells that measure what was claimed, repeats together and each row once."""
+    about = [o for o in experiment.outcomes if claim in claimed(experiment, o)]
+    one = dataclasses.replace(experiment, outcomes=about)
+    data = Data.of(one, Figure("table", "", claim.grid), Path())
+    return data.cells() if data.outcomes else []
+
+
+def _where(cell: Cell, facets: Sequence[str]) -> str:
+    """What a cell was measured on, and in what else it differs from others of its claim."""
+    spec = cell.spec
+    said = [spec.budget or "", spec.text or spec.task or ""]
+    if cell.changes:
+        said.append(f"{MARK}{cell.changes}")
+    own = [
+        (f.removeprefix("options."), facet(spec, f)) for f in facets if f not in ("text", "task")
+    ]
+    differing = [f"{name} {value}" for name, value in own if value]
+    return " · ".join(x for x in (*said, *differing) if x and x not in cell.changes.split(", "))
 
 
 def _busy(experiment: Experiment) -> list[str]:
@@ -98,14 +128,6 @@ def _busy(experiment: Experiment) -> list[str]:
     rows = [o.row for o in experiment.outcomes if isinstance(o.row, Row)]
     asked = any(c.metric.startswith(timed) for c in experiment.claims)
     return terminal.busy(rows) if asked and rows else []
-
-
-def _cells(outcomes: Any) -> list[Cell]:
-    found: dict[tuple, list[Outcome]] = {}
-    for o in outcomes:
-        s = o.spec
-        found.setdefault((s.grid, s.recipe, s.budget, s.model, s.text, s.task), []).append(o)
-    return [Cell(held[0].spec, tuple(held)) for held in found.values()]
 
 
 def trouble(experiment: Experiment) -> list[Block]:

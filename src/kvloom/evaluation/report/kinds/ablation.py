@@ -11,7 +11,7 @@ from kvloom.evaluation.experiment import Outcome
 from kvloom.evaluation.metrics import METRICS, value
 from kvloom.evaluation.report import style
 from kvloom.evaluation.report.blocks import Block, Entry, Note, Picture, Table
-from kvloom.evaluation.report.data import Cell, Data, Missing
+from kvloom.evaluation.report.data import Cell, Data, Missing, called, ran
 from kvloom.evaluation.report.equality import statements
 from kvloom.evaluation.statistics import Summary, difference
 from kvloom.evaluation.task_results import TaskRow
@@ -61,14 +61,25 @@ def make(data: Data) -> list[Block]:
             "95 % interval of a bootstrap over pairs. Green: better, orange: worse, grey: the interval holds zero, or "
             "there is one pair only."
         ),
+        *map(Note, _alone(cells, panels)),
         *map(Note, statements(rows)),
     ]
+
+
+def _alone(cells: Sequence[Cell], panels: dict[str, list[Bar]]) -> list[str]:
+    """What ran otherwise than asked and is in no panel."""
+    shown = {_label(bar.cell) for bars in panels.values() for bar in bars}
+    left = [_label(c) for c in cells if c.changes and c.rows and _label(c) not in shown]
+    return (
+        [f"The reference did not run likewise, so not compared: {', '.join(left)}."] if left else []
+    )
 
 
 def _reference(data: Data, cells: Sequence[Cell]) -> str:
     """The name of the recipe to compare to."""
     asked = data.option("reference", cells[0].name)
-    named = [c.name for c in cells if asked in (c.name, c.spec.recipe)]
+    cells = sorted(cells, key=lambda c: bool(c.changes))  # what ran as asked first
+    named = [c.name for c in cells if asked in (c.name, called(c.spec), c.spec.recipe)]
     if not named:
         raise Missing(f"no cell of the reference {asked!r}")
     return named[0]
@@ -111,7 +122,7 @@ def _pairs(cell: Cell, base: Cell, name: str) -> list[tuple[float, float, tuple[
 
 
 def _place(outcome: Outcome) -> tuple:
-    spec = outcome.spec
+    spec = ran(outcome)
     options = tuple(sorted((k, repr(v)) for k, v in spec.options.items()))
     return spec.kind, spec.text, spec.task, spec.seed, spec.repeat, options
 

@@ -17,7 +17,7 @@ from kvloom.evaluation.figures import FULL
 from kvloom.evaluation.metrics import METRICS
 from kvloom.evaluation.report import style
 from kvloom.evaluation.report.blocks import Block, Entry, Note, Picture, Table, measured
-from kvloom.evaluation.report.data import Cell, Data, Missing, parameter
+from kvloom.evaluation.report.data import MARK, Cell, Data, Missing, called, parameter
 from kvloom.evaluation.results import Row
 
 OPTIONS = {"parameter": "what is varied, default 'keep_ratio'; the full cache counts as 1.0"}
@@ -25,12 +25,13 @@ PANELS = ("ttft", "tpot", "throughput", "ttft_change", "throughput_change", "dec
 SUMMARY = ("ttft", "tpot", "throughput", "nbytes", "decode_perplexity")
 COLUMNS = ("saving", "ttft", "tpot", "throughput", "nbytes", "decode_perplexity", "compressions")
 
-Held = dict[str, dict[float, Cell]]  # text -> keep -> cell
+# text -> keep -> cell; what ran otherwise than asked counts as another text
+Held = dict[str, dict[float, Cell]]
 
 
 def make(data: Data) -> list[Block]:
     """Raises Missing unless a text has the full cache and at least one other value."""
-    held = _held(data)
+    held, absent = _held(data)
     title = data.figure.title
     rows = [
         row for own in held.values() for c in own.values() for row in c.rows if isinstance(row, Row)
@@ -46,21 +47,26 @@ def make(data: Data) -> list[Block]:
             "keep 1.0 is the full cache. Changes of TTFT and throughput are against a full cache measured in turns "
             "with each row. compressions: how often a layer pruned; 0: nothing was ever pruned."
         ),
+        *([Note(f"Without a full cache that ran likewise, so not drawn: {', '.join(absent)}.")] if absent else []),
         *map(Note, terminal.busy(rows)),
     ]  # fmt: skip
 
 
-def _held(data: Data) -> Held:
+def _held(data: Data) -> tuple[Held, list[str]]:
+    """Texts with a full cache and others; names of what ran otherwise than asked and has no full cache."""
     name = data.option("parameter", "keep_ratio")
     found: Held = {}
     for cell in data.cells(("phase", "synthetic", "grid", "options")):
-        keep = 1.0 if cell.name == FULL else parameter(cell.spec, name)
+        keep = 1.0 if called(cell.spec) == FULL else parameter(cell.spec, name)
         if isinstance(keep, (int, float)) and any(isinstance(r, Row) for r in cell.rows):
-            found.setdefault(cell.spec.text or "", {})[float(keep)] = cell
+            text = cell.spec.text or ""
+            text = f"{text} ({MARK}{cell.changes})" if cell.changes else text
+            found.setdefault(text, {})[float(keep)] = cell
     whole = {t: dict(sorted(own.items(), reverse=True)) for t, own in found.items() if 1.0 in own and len(own) > 1}  # fmt: skip
     if not whole:
         raise Missing(f"no text has rows of the full cache and of a recipe with {name}")
-    return whole
+    left = [c.name for t, own in found.items() if t not in whole for c in own.values() if c.changes]
+    return whole, left
 
 
 def _keeps(held: Held) -> list[float]:

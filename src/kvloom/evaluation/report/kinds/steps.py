@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from kvloom.evaluation import equal, figures
 from kvloom.evaluation import table as terminal
 from kvloom.evaluation.report.blocks import Block, Note, Picture
-from kvloom.evaluation.report.data import Data, Missing
+from kvloom.evaluation.report.data import MARKED, Cell, Data, Missing
 from kvloom.evaluation.results import Row
 
 OPTIONS = {"budgets": "which budgets, a figure each; default: all"}
@@ -13,7 +15,8 @@ OPTIONS = {"budgets": "which budgets, a figure each; default: all"}
 
 def make(data: Data) -> list[Block]:
     """Raises Missing without rows of documents, or of the budgets asked for."""
-    rows = [row for cell in data.subjects() for row in cell.rows[:1] if isinstance(row, Row)]
+    cells = data.subjects()
+    rows = [_named(row, cell) for cell in cells for row in cell.rows[:1] if isinstance(row, Row)]
     if not rows:
         raise Missing("no row of a document, which is where steps are timed")
     grouped = equal.groups(rows)
@@ -34,5 +37,13 @@ def make(data: Data) -> list[Block]:
     return [
         *blocks,
         Note("Of repeats, the first; times are medians of runs of tokens."),
+        *([Note(MARKED)] if any(cell.changes and cell.rows for cell in cells) else []),
         *map(Note, terminal.busy(rows)),
     ]
+
+
+def _named(row: Row, cell: Cell) -> Row:
+    """A row that ran otherwise than asked, called so; others as they are."""
+    if not cell.changes:
+        return row
+    return dataclasses.replace(row, subject=dataclasses.replace(row.subject, recipe=cell.name))
