@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": KERNELS | {"core", "formats", "policies", "hf", "testbed", "evaluation"},
 }
 TORCH_ONLY = {"kernels", "positions", "core", "formats", "policies"}
-ALSO = {"formats": {"safetensors"}}  # calibrations are read there
+ALSO = {"formats": {"safetensors"}, "kernels": {"triton"}}  # calibrations; kernels for GPUs
 MAY_IMPORT_TRANSFORMERS = ("hf/",)
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 

@@ -1,0 +1,172 @@
+"""A layer's pages and exact tiers as the Triton kernels see them: read where they lie."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvloom.core.format import PAGE
+from kvloom.kernels import ops, triton_backend
+from kvloom.kernels.triton_backend import Exact, Fields, Launch, Pages
+
+if TYPE_CHECKING:
+    from kvloom.core.attend import Call, Partial
+    from kvloom.core.block import Block
+    from kvloom.core.slab import Slab
+    from kvloom.core.store import LayerStore
+
+
+class Paged:
+    """What the kernels know of one `LayerStore`; made anew whenever its slabs have changed."""
+
+    def __init__(self) -> None:
+        self.known: list[weakref.ref[Tensor]] = []
+        self.programs = 0
+        self.pages: Pages | None = None
+        self.constants: dict[str, Tensor] = {}  # tables of levels, on the device
+
+    def attend(self, store: LayerStore, call: Call) -> list[Partial]:
+        """`(out, lse)` of pages, tail and sinks: one partial result, or two if pages hold values in
+        another basis.
+        """
+        plan, (B, H, G, Q, D) = store.plan, call.query.shape
+        query = call.query.contiguous()
+        tail, sinks = self._exact(store, query)
+        pages = self._told(store, B * H * -(-G * Q // triton_backend.ROWS))
+        n = 0 if pages is None else len(pages.splits)
+        exact = tail.runs + (0 if sinks is None else sinks.runs)
+        launch = Launch(
+            B * H, H, G * Q, plan.value_dim, plan.dtype, store.device, call.scale, call.softcap, n + exact
+        )  # fmt: skip
+        if pages is not None:
+            turned = plan.format.turn_query(query, store.pool.tables).contiguous()
+            launch.pages(turned.view(B * H, G * Q, D), pages)
+        if exact:
+            launch.exact(tail, sinks, n)
+
+        def partial(first: int, stop: int) -> Partial:
+            out, lse = launch.combined(first, stop)
+            return out.view(B, H, G, Q, -1), lse.view(B, H, G, Q)
+
+        if not plan.format.turns or not n:
+            return [partial(0, n + exact)]
+        out, lse = partial(0, n)
+        back = (plan.format.turn_back(out, store.pool.tables), lse)
+        return [back, partial(n, n + exact)] if exact else [back]
+
+    def read(self, store: LayerStore, slab: Slab) -> tuple[Tensor, Tensor]:
+        """See `Native.read`."""
+        pages = self._told(store, max(1, self.programs))
+        assert pages is not None
+        which = next(i for i, s in enumerate(store.pool.slabs) if s is slab)
+        B, H = slab.first.shape
+        return triton_backend.decode(pages, which, B, H, slab.pages * PAGE, store.plan.dtype)
+
+    # -- what the kernels are told -----------------------------------------------------------------
+
+    def _exact(self, store: LayerStore, query: Tensor) -> tuple[Exact, Exact | None]:
+        tail, sinks = self._run(store.tail, query), None
+        if store.sinks is not None and store.sinks.longest:
+            if store.plan.in_cache:
+                query = store.sink_query(query).contiguous()
+            sinks = self._run(store.sinks, query)
+        return tail, sinks
+
+    @staticmethod
+    def _run(block: Block, query: Tensor) -> Exact:
+        B, H, G, Q, D = query.shape
+        bias = block.meta["mass"].float().contiguous() if "mass" in block.meta else None
+        count = None
+        if block.size is None:
+            count = block.count.flatten().to(torch.int32).to(query.device, non_blocking=True)
+        flat = query.view(B * H, G * Q, D)
+        return Exact(flat, block.keys, block.values, block.longest, bias, count)
+
+    def _told(self, store: LayerStore, programs: int) -> Pages | None:
+        slabs = store.pool.slabs
+        if not slabs:
+            self.known, self.pages = [], None
+            return None
+        held = [x for slab in slabs for x in slab.kernel_view()]
+        same = len(held) == len(self.known) and self.programs == programs
+        if same and all(ref() is x for ref, x in zip(self.known, held, strict=True)):
+            return self.pages
+        self.programs, self.known = programs, [weakref.ref(x) for x in held]
+        self.pages = self._pages(store, programs)
+        return self.pages
+
+    def _pages(self, store: LayerStore, programs: int) -> Pages:
+        slabs, device = store.pool.slabs, store.device
+        rows, specs = [], []
+        for slab in slabs:
+            spec, row = self._row(store, slab)
+            rows.append(row)
+            specs.append(spec)
+        cells = [torch.stack([s.first, s.used, s.skip], -1).flatten(0, 1) for s in slabs]
+        rope, frequencies = None, None
+        if store.plan.pre_rope:
+            turned = store.plan.rope
+            assert turned is not None
+            made = triton_backend.kernels("spec").Rope
+            rope = made(turned.n_rot, turned.pairing == "interleaved", float(turned.scale))
+            frequencies = turned.inv_freq.to(device, torch.float32).contiguous()
+        return Pages(
+            *specs[0], rope, frequencies,
+            torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True),
+            torch.stack(cells).to(torch.int32).to(device, non_blocking=True),
+            triton_backend.splits([slab.pages for slab in slabs], programs, device),
+        )  # fmt: skip
+
+    def _row(self, store: LayerStore, slab: Slab) -> tuple[tuple[Any, Any], list[int]]:
+        plan = store.plan
+        fields = Fields(
+            slab.tile, slab.slot, slab.sets, slab.index, store.pool.tables, self.constants
+        )
+        parts = plan.format.packed(plan.key_dim, plan.value_dim)
+        assert parts is not None
+        key, mine = fields.part(parts[0], "keys", plan.key_dim)
+        value, its = fields.part(parts[1], "values", plan.value_dim)
+        slots: list[int] = []
+        for x in (slab.alive, slab.meta.get("mass"), _positions(store, slab)):
+            slots += [0, 0] if x is None else [triton_backend.address(x), x.shape[2]]
+        return (key, value), [*mine, *its, *slots]
+
+
+def _positions(store: LayerStore, slab: Slab) -> Tensor | None:
+    if not store.plan.pre_rope:
+        return None
+    if slab.base is not None:  # on the CPU only: see `PagePool`
+        slab.spell_out_positions()
+    return slab.meta["positions"]
+
+
+_KNOWN: weakref.WeakKeyDictionary[LayerStore, Paged] = weakref.WeakKeyDictionary()
+
+
+def of(store: LayerStore) -> Paged:
+    """What the kernels know of a layer."""
+    found = _KNOWN.get(store)
+    if found is None:
+        found = _KNOWN[store] = Paged()
+    return found
+
+
+def why_not(store: LayerStore, call: Call) -> str | None:
+    """The reason why the Triton kernels cannot attend over pages, tail and sinks, or None."""
+    if call.query.shape[3] > triton_backend.QUERIES:
+        return f"{call.query.shape[3]} queries at once: matrix products are faster"
+    if call.past_mask is not None:
+        return "a mask addresses columns of the past"
+    return why_unread(store)
+
+
+def why_unread(store: LayerStore) -> str | None:
+    """The reason why the Triton kernels cannot read the pages, or None."""
+    plan = store.plan
+    reason = ops.triton_why_not(store.device, plan.dtype, max(plan.key_dim, plan.value_dim))
+    if reason is None and plan.format.packed(plan.key_dim, plan.value_dim) is None:
+        return f"{plan.format} does not say how its pages lie in memory"
+    return reason
