@@ -13,6 +13,9 @@ os.environ.setdefault("KVLOOM_CPU_MODE", "exact")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports triton, which reads it then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if "KVLOOM_TEST_MODULE" in os.environ:  # kernels built otherwise: emulated, or with sanitizers
     import importlib.util
     import sys

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvloom.core import paged
 from kvloom.core.block import Block, uniform
 from kvloom.core.format import PAGE
 from kvloom.core.merge import CentroidMerger
 from kvloom.core.native import why_not, why_unread
-from kvloom.kernels import cpu_backend, ops
+from kvloom.kernels import cpu_backend, ops, triton_backend
 
 if TYPE_CHECKING:
+    from kvloom.core.native import Native
+    from kvloom.core.paged import Paged
     from kvloom.core.slab import Segment, Slab
     from kvloom.core.store import LayerStore
 
@@ -81,6 +84,8 @@ def partials(
     store.native.raw = None  # of an earlier forward that was given up
     if _native(store, call):
         return _native_partials(store, call, new, centroids)
+    if _paged(store, call):
+        return _paged_partials(store, call, new, centroids)
     parts = [_sinks_partial(store, call)] if store.sinks is not None and store.sinks.longest else []
     with_tail = _pages_and_tail(store, call)
     turned = _turned(store, call)
@@ -111,6 +116,26 @@ def _native_partials(
     parts = [store.native.attend(store, call)]
     if store.plan.in_cache and store.sinks is not None and store.sinks.longest:
         parts.append(_sinks_partial(store, call))
+    if centroids and store.centroids is not None and store.centroids.longest:
+        parts.append(_partial(*centroid_tier(store, call)))
+    if new is not None:
+        parts += [_partial(t, call, call.query) for t in _exact_tiers(store, call, new, tail=False)]
+    return parts
+
+
+def _paged(store: LayerStore, call: Call) -> bool:
+    """Whether the Triton kernels serve this call."""
+    reason = paged.why_not(store, call)
+    short = call.query.shape[3] <= triton_backend.QUERIES
+    if reason is not None and short and ops.forced_backend() == "triton":
+        raise RuntimeError(f"KVLOOM_BACKEND=triton cannot serve this call: {reason}")
+    return reason is None
+
+
+def _paged_partials(
+    store: LayerStore, call: Call, new: Block | None, centroids: bool
+) -> list[Partial]:
+    parts = paged.of(store).attend(store, call)
     if centroids and store.centroids is not None and store.centroids.longest:
         parts.append(_partial(*centroid_tier(store, call)))
     if new is not None:
@@ -150,8 +175,9 @@ def _slab_partial(store: LayerStore, slab: Slab, call: Call) -> Partial:
 
 
 def _slab_runs(store: LayerStore, slab: Slab, call: Call) -> Partial:
-    if not store.plan.format.in_place and why_unread(store) is None:
-        return _partial(_decoded_tier(store, slab, call), call, call.query)
+    reader = _reader(store)
+    if not store.plan.format.in_place and reader is not None:
+        return _partial(_decoded_tier(store, slab, call, reader), call, call.query)
     segments = slab.segments()
     if len(segments) == 1 and segments[0].covers(*call.query.shape[:2]):
         return _partial(_slab_tier(store, slab, segments[0], call), call, call.query)
@@ -203,10 +229,17 @@ def _slab_bias(slab: Slab, where: tuple[slice, slice, slice], masked: bool) -> T
     return bias
 
 
-def _decoded_tier(store: LayerStore, slab: Slab, call: Call) -> Tier:
+def _reader(store: LayerStore) -> Native | Paged | None:
+    """The kernels that decode pages, if any do."""
+    if why_unread(store) is None:
+        return store.native
+    return paged.of(store) if paged.why_unread(store) is None else None
+
+
+def _decoded_tier(store: LayerStore, slab: Slab, call: Call, reader: Native | Paged) -> Tier:
     """A whole slab, decoded by the kernels into a workspace, for queries that are many."""
     n = slab.pages * PAGE
-    keys, values = store.native.read(store, slab)
+    keys, values = reader.read(store, slab)
     if store.plan.pre_rope:
         keys = store.rotate(keys, slab.positions())
     ragged = uniform(slab.used) is None

@@ -12,7 +12,7 @@ of a page refer to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -129,8 +129,8 @@ class Grid:
 
     def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Pages `[N, 64, W]` as `(tile, sets)`: `[N, 2, ...]`, and `[N, W]` per field."""
-        kernels = ops.cpu_why_not(x.device, x.dtype, x.shape[2]) is None
-        packed, parameters = self._by_kernels(x) if kernels else self._by_torch(x)
+        encode = ops.encoder(x)
+        packed, parameters = self._by_torch(x) if encode is None else self._by_kernels(x, encode)
         named = dict(zip(self.names, parameters, strict=True))
         tile = {f"{self.part}_codes": packed}
         return (tile | named, {}) if self._in_tile else (tile, named)
@@ -141,7 +141,9 @@ class Grid:
         codes, parameters = self._per_channel(x) if self.per == "channel" else self._per_token(x)
         return pack(codes.unflatten(1, (-1, TILE)), self.bits), parameters
 
-    def _by_kernels(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _by_kernels(
+        self, x: Tensor, encode: Callable[..., None] = cpu_backend.encode
+    ) -> tuple[Tensor, list[Tensor]]:
         """The same, bit by bit."""
         N, _, width = x.shape
         codes = x.new_empty(N, 2, tile_nbytes(width, self.bits), dtype=torch.uint8)
@@ -152,9 +154,7 @@ class Grid:
             shape = (N, 2, width)
         parameters = [x.new_empty(shape, dtype=torch.float16) for _ in self.names]
         group = self.group if self.per == "channel" else self._channels(width)
-        cpu_backend.encode(
-            x, codes, parameters, self.bits, self.part == "key", self.per == "token", group
-        )
+        encode(x, codes, parameters, self.bits, self.part == "key", self.per == "token", group)
         return codes, parameters
 
     def _per_channel(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:

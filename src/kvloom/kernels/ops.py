@@ -1,7 +1,8 @@
-"""Which implementation serves a call. `KVLOOM_BACKEND=reference|torch|cpu` forces one.
+"""Which implementation serves a call. `KVLOOM_BACKEND=reference|torch|cpu|triton` forces one.
 
 reference: plain torch that defines every op; torch: its fast CPU attention over decoded pages; cpu: the C++
-kernels over packed pages (and torch where a call is not theirs: long queries, a chunk among itself).
+kernels over packed pages (and torch where a call is not theirs: long queries, a chunk among itself); triton:
+the same on NVIDIA GPUs.
 
 A forced backend that cannot serve a call raises with the reason; without force the fastest
 backend that can is taken.
@@ -16,9 +17,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from kvloom.kernels import cpu_backend, mass, reference, torch_cpu
+from kvloom.kernels import cpu_backend, mass, reference, torch_cpu, triton_backend
 
-BACKENDS = ("reference", "torch", "cpu")
+BACKENDS = ("reference", "torch", "cpu", "triton")
 _BLOCK_ELEMENTS = 1 << 24  # logits held at once by the matmul path: 64 MiB in fp32
 
 
@@ -37,7 +38,7 @@ def forced_backend() -> str | None:
 def cpu_refusal() -> str | None:
     """The reason why the C++ kernels may not be used at all, or None."""
     forced = forced_backend()
-    if forced in ("reference", "torch"):
+    if forced in ("reference", "torch", "triton"):
         return f"KVLOOM_BACKEND={forced}"
     if cpu_backend.module() is None:
         return "kvloom was built without its CPU kernels"
@@ -53,6 +54,22 @@ def cpu_why_not(device: torch.device, dtype: torch.dtype, width: int) -> str | N
     if dtype not in cpu_backend.DTYPES:
         return f"the model's dtype is {dtype}"
     return cpu_refusal()
+
+
+def triton_why_not(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """The reason why the Triton kernels cannot take keys or values like these, or None."""
+    forced = forced_backend()
+    if forced not in (None, "triton"):
+        return f"KVLOOM_BACKEND={forced}"
+    return triton_backend.why_not(device, dtype, width, forced == "triton")
+
+
+def encoder(x: Tensor) -> Callable[..., None] | None:
+    """What lays pages `x [N, 64, W]` on uniform grids, as `cpu_backend.encode`; None: torch must."""
+    about = x.device, x.dtype, x.shape[2]
+    if cpu_why_not(*about) is None:
+        return cpu_backend.encode
+    return triton_backend.encode if triton_why_not(*about) is None else None
 
 
 def serving() -> str:
