@@ -107,12 +107,17 @@ class LayerStore:
         The window sits right before the new tokens already; the sinks are d positions too far
         away, so the query turns back by d.
         """
-        assert self.sinks is not None and self.plan.rope is not None
+        assert self.plan.rope is not None
+        by = -self.sink_gap()[:, :, None, None].expand(query.shape[:4])
+        return self.plan.rope.shift(query, by).to(query.dtype)
+
+    def sink_gap(self) -> Tensor:
+        """By how many positions the sinks are too far away, `[B, H]`."""
+        assert self.sinks is not None
         window = (self.stored - self.sinks.count).to(self.device)
         pinned = self.sinks.count.to(self.device)
-        gap = self.next_position[:, None] - window - pinned - self.sinks.meta["positions"][..., 0]
-        by = -gap[:, :, None, None].expand(query.shape[:4])
-        return self.plan.rope.shift(query, by).to(query.dtype)
+        first = self.sinks.meta["positions"][..., 0]
+        return self.next_position[:, None] - window - pinned - first
 
     def slots_before(self, positions: Tensor, centroids: Block) -> Tensor:
         """Places of centroids right before the exact entries, in the order of `positions [B, H, n]`."""
