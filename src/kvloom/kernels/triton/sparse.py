@@ -106,7 +106,7 @@ def add_key_outliers(
         q = query_at(query, rows, exists, channel, position, frequencies, R)
         q *= tl.where(here, change, 0.0)[None, :]
         at_token = (n[None, :] == (token + t * TILE)[:, None]).to(tl.float32)
-        s = product(q, at_token, s, PRECISION)
+        s = tl.dot(q, at_token, s, input_precision=PRECISION)
     return s
 
 

@@ -133,9 +133,9 @@ def small(row, column, WIDE: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def product(a, b, acc):
     """`acc + a @ b` in fp32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision="ieee")
