@@ -48,7 +48,7 @@ def layer_of(recipe: str, keys: Tensor, values: Tensor, group: int, chunk: int) 
     layer.lazy_initialization(keys[:, :, :1], values[:, :, :1])
     for i in range(0, T, chunk):
         k, v = keys[:, :, i : i + chunk], values[:, :, i : i + chunk]
-        positions = torch.arange(i, i + k.shape[2]).expand(len(k), -1)
+        positions = torch.arange(i, i + k.shape[2], device=k.device).expand(len(k), -1)
         none = Call(k.new_zeros(len(k), H, group, 1, D), 1.0, positions=positions)
         layer.store.commit(layer.store.stage(k, v, none, None, positions))
     return layer.store
