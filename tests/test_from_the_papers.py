@@ -1,4 +1,7 @@
-"""docs/from-the-papers.md: every published flag is in it, and its commands write the files that it names."""
+"""docs/from-the-papers.md: every published flag is in it, and its commands write the files that it names.
+
+Running all the commands takes minutes: `make test-all` does.
+"""
 
 from __future__ import annotations
 
@@ -175,6 +178,7 @@ def test_other_commands_of_the_page_exist() -> None:
     assert len(presets) == 7 and presets <= set(registry.presets())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("head", FOLDERS)
 def test_every_published_file_is_written(ran: Path, head: str) -> None:
     here = {p.relative_to(ran / FOLDERS[head]).as_posix() for p in (ran / FOLDERS[head]).rglob("*")}
@@ -191,6 +195,7 @@ def test_every_published_file_is_written(ran: Path, head: str) -> None:
     assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 5000 for p in pictures)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FIELDS)
 def test_files_have_the_published_fields(ran: Path, name: str) -> None:
     known = keys(json.loads((ran / name).read_text()))
@@ -216,6 +221,7 @@ def labels(value: Any) -> set[str]:
     return set()
 
 
+@pytest.mark.full
 def test_generated_data_is_labelled_everywhere(ran: Path) -> None:
     files = [p for p in (ran / "mp").rglob("*.json") if "rows" not in p.parts]
     assert len(files) > 8
@@ -226,6 +232,7 @@ def test_generated_data_is_labelled_everywhere(ran: Path) -> None:
     assert not (ran / "real" / "synthetic").exists()
 
 
+@pytest.mark.full
 def test_numbers_are_those_of_rows(ran: Path) -> None:
     rows = {o.key: o for o in shared.load(ran / "mp" / shared.ROWS).outcomes}
     entries = json.loads((ran / "mp/baseline/enhanced_baseline_results.json").read_text())
@@ -244,6 +251,7 @@ def test_numbers_are_those_of_rows(ran: Path) -> None:
     assert all((x["prune_events"] > 0) == (x["keep_ratio"] < 1) for x in pruned)
 
 
+@pytest.mark.full
 def test_the_streaming_json_is_checked(ran: Path, tmp_path: Path) -> None:
     both = streaming.read(ran / "lazy" / "eval.json")
     assert both.streaming is not None and both.baseline is not None
@@ -261,6 +269,7 @@ def test_the_streaming_json_is_checked(ran: Path, tmp_path: Path) -> None:
         streaming.read(tmp_path / "x.json")
 
 
+@pytest.mark.full
 def test_the_same_command_measures_nothing_again(ran: Path) -> None:
     ledger = ran / "kvquant" / shared.ROWS / "results.jsonl"
     before = ledger.read_text()

@@ -268,11 +268,11 @@ def _kills(file: Path, folder: Path, times: int) -> None:
         rows.append(len(Ledger(folder).rows))
     subprocess.run(command, check=True, **quiet)
     assert rows == sorted(rows)
-    if times > 2:  # some kill fell between the first row and the last
+    if times > 1:  # some kill fell between the first row and the last
         assert hit and any(0 < n < len(Ledger(folder).rows) for n in rows)
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.full)])
 def test_killed_at_random_moments_the_rows_are_the_same(
     file: Path, tmp_path: Path, times: int
 ) -> None:
