@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 from kvloom.cli import analyze
 from kvloom.cli._console import console, one_line_errors
 from kvloom.core import registry
+from kvloom.core.literals import hint
 from kvloom.evaluation import settings
 from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Protocol
@@ -288,9 +288,8 @@ def show(method: Annotated[str, typer.Argument(help="A method or a preset.")]) -
             return
         if method not in known:
             names = [*known, *presets, *BASELINES]
-            close = difflib.get_close_matches(method, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "; see `kvloom list`"
-            raise ValueError(f"unknown method {method!r}{hint}")
+            likely = hint(method, names) or "; see `kvloom list`"
+            raise ValueError(f"unknown method {method!r}{likely}")
         cls = known[method]
         needed = (
             cls.needs if isinstance(cls.needs, frozenset) else cls().needs

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from kvloom.core import registry
 from kvloom.core.format import PageFormat
+from kvloom.core.literals import arguments, hint
 from kvloom.core.merge import Merger
 from kvloom.core.policy import Allocator, Policy, Scorer
 from kvloom.core.schedule import Lazy
@@ -152,24 +152,10 @@ def _policy(node: ast.expr, text: str) -> Policy:
     if isinstance(node, ast.Name):
         return _build(node.id, {}, text)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if node.args:
-            raise ValueError(f"recipe {text!r}: write {node.func.id}'s parameters as name=value")
-        given = {}
-        for keyword in node.keywords:
-            if keyword.arg is None:
-                raise ValueError(
-                    f"recipe {text!r}: write {node.func.id}'s parameters as name=value"
-                )
-            if keyword.arg in given:
-                raise ValueError(f"recipe {text!r}: {keyword.arg} of {node.func.id} is given twice")
-            try:
-                given[keyword.arg] = ast.literal_eval(keyword.value)
-            except (ValueError, TypeError):
-                raise ValueError(
-                    f"recipe {text!r}: {keyword.arg} of {node.func.id} must be a literal, "
-                    f"not {ast.unparse(keyword.value)!r}"
-                ) from None
-        return _build(node.func.id, given, text)
+        name = node.func.id
+        rule = f"write {name}'s parameters as name=value"
+        given = arguments(node, f"recipe {text!r}", rule, f" of {name}")
+        return _build(name, given, text)
     raise ValueError(f"recipe {text!r}: {ast.unparse(node)!r} is not a policy")
 
 
@@ -177,7 +163,7 @@ def _build(name: str, given: dict[str, Any], text: str) -> Policy:
     known = registry.policies()
     if name not in known:
         names = [*known, *registry.presets()]
-        raise ValueError(f"recipe {text!r}: unknown method {name!r}{_hint(name, names)}")
+        raise ValueError(f"recipe {text!r}: unknown method {name!r}{hint(name, names)}")
     cls = known[name]
     parameters = [f.name for f in dataclasses.fields(cls)]
     for parameter in given:
@@ -185,15 +171,10 @@ def _build(name: str, given: dict[str, Any], text: str) -> Policy:
             listed = ", ".join(parameters) or "no parameters"
             raise ValueError(
                 f"recipe {text!r}: {name} has no parameter {parameter!r}"
-                f"{_hint(parameter, parameters)} (it has: {listed})"
+                f"{hint(parameter, parameters)} (it has: {listed})"
             )
     try:
         return cls(**given)
     except TypeError as error:  # a parameter of the wrong type, met before its check
         written = ", ".join(f"{k}={v!r}" for k, v in given.items())
         raise ValueError(f"recipe {text!r}: {name}({written}): {error}") from None
-
-
-def _hint(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

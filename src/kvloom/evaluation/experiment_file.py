@@ -33,7 +33,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 import sys
@@ -41,6 +40,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kvloom.core.literals import hint
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import tasks
 from kvloom.evaluation.experiment import Claim, Experiment, Figure, Outcome, Spec
@@ -284,6 +284,5 @@ def known(given: dict[str, Any], names: set[str], where: str) -> None:
     """Raise ValueError if a table has a name that is not one of these."""
     for name in given:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f": {', '.join(sorted(names))}"
-            raise ValueError(f"{where} has no {name!r}{hint}")
+            likely = hint(name, names) or f": {', '.join(sorted(names))}"
+            raise ValueError(f"{where} has no {name!r}{likely}")

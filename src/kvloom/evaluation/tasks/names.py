@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 from functools import cache
 from inspect import isabstract
 from typing import Any
 
+from kvloom.core.literals import arguments, hint
 from kvloom.evaluation.tasks.base import Task
 
 _PACKAGE = "kvloom.evaluation.tasks"
@@ -46,15 +46,15 @@ def parse(text: str) -> Task:
     """
     name, given = _call(text)
     if name not in known():
-        hint = _hint(name, list(known())) or f"; known are {', '.join(known())}"
-        raise ValueError(f"task {text!r}: unknown task {name!r}{hint}")
+        likely = hint(name, known()) or f"; known are {', '.join(known())}"
+        raise ValueError(f"task {text!r}: unknown task {name!r}{likely}")
     cls = known()[name]
     parameters = [f.name for f in dataclasses.fields(cls)]
     for parameter in given:
         if parameter not in parameters:
             raise ValueError(
                 f"task {text!r}: {name} has no parameter {parameter!r}"
-                f"{_hint(parameter, parameters)} (it has: {', '.join(parameters)})"
+                f"{hint(parameter, parameters)} (it has: {', '.join(parameters)})"
             )
     needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
     missing = [parameter for parameter in needed if parameter not in given]
@@ -74,23 +74,6 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"task {text!r}: {rule}") from None
     if isinstance(node, ast.Name):
         return node.id, {}
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise ValueError(f"task {text!r}: {rule}")
-    given: dict[str, Any] = {}
-    for keyword in node.keywords:
-        if keyword.arg is None:
-            raise ValueError(f"task {text!r}: {rule}")
-        if keyword.arg in given:
-            raise ValueError(f"task {text!r}: {keyword.arg} is given twice")
-        try:
-            given[keyword.arg] = ast.literal_eval(keyword.value)
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"task {text!r}: {keyword.arg} must be a literal, not {ast.unparse(keyword.value)!r}"
-            ) from None
-    return node.func.id, given
-
-
-def _hint(word: str, among: list[str]) -> str:
-    close = difflib.get_close_matches(word, among, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return node.func.id, arguments(node, f"task {text!r}", rule)
