@@ -29,15 +29,20 @@ def check_parameters(fmt: Any) -> None:
         check(fmt, type(bits) is int and bits in BITS, f"{name} is one of {BITS}")
     whole = type(fmt.chunk) is int and fmt.chunk > 0 and fmt.chunk % PAGE == 0
     check(fmt, whole, f"chunk is a multiple of {PAGE} tokens")
-    check(fmt, 0 < fmt.decay < 1, "decay is between 0 and 1")
-    check(fmt, fmt.relative > 1, "relative is above 1")
-    check(fmt, fmt.absolute is None or fmt.absolute > 0, "absolute is above 0, or None")
+    check(fmt, _number(fmt.decay) and 0 < fmt.decay < 1, "decay is between 0 and 1")
+    check(fmt, _number(fmt.relative) and fmt.relative > 1, "relative is above 1")
+    sound = fmt.absolute is None or (_number(fmt.absolute) and fmt.absolute > 0)
+    check(fmt, sound, "absolute is above 0, or None")
     for name, least in (("sinks", 0), ("room", 1), ("value_groups", 0), ("reset", 0)):
         value = getattr(fmt, name)
         check(fmt, type(value) is int and value >= least, f"{name} is an int >= {least}")
     check(fmt, fmt.rope in ("pre", "post", "pair"), "rope is 'pre', 'post' or 'pair'")
     for name in ("detect", "key_per_channel", "mixed_precision", "adaptive", "clip"):
         check(fmt, type(getattr(fmt, name)) is bool, f"{name} is True or False")
+
+
+def _number(x: Any) -> bool:
+    return type(x) in (int, float)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 Learning, arXiv:2209.05433). Every channel keeps its own precision of 2^-4, whatever the loudest one is,
 which integer codes with one scale per token do not; near the loudest, int8 is nine times as exact.
 
+Deviations:
 - The paper scales whole tensors. A scale per token needs no calibration, and tokens stay free to move.
 - The scale is fp16: codes are made against the rounded scale, so that fp32 would only cost bytes.
 """

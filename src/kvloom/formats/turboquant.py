@@ -10,6 +10,7 @@ Deviations:
   products unbiased but noisier, and noise is what attention suffers from.
 - R is a randomised Hadamard rotation, drawn per layer and KV head, and both keys and values are rotated.
 - The levels are those of N(0, 1), the limit for wide heads, instead of each width's own marginal.
+- Whole bits only: the paper's 2.5 and 3.5 give a quarter of the channels, the loud ones, one bit more.
 - The decoded vector has the norm of the original: |x| / |q| is stored, an fp16 number per token in place
   of the norm, so that decoding is a look-up and one product.
 """
