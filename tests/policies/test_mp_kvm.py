@@ -590,6 +590,26 @@ def test_shared_clusters_are_the_same_in_all_heads(head_mean):
         assert torch.allclose(both.meta["positions"][1:], one.meta["positions"], atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3"])  # the last two rotate in part
+def test_clusters_do_not_depend_on_where_a_text_stands(family):
+    """Keys before rotation do not know their position; rotated ones, 777 places on, are others."""
+    model, ids, offset = build(family), tokens(150), 777
+
+    def centroids(rope, first):
+        cache = CompressedCache(model, f"mp_kvm(max_centroids=7, rope={rope!r})", "60tok")
+        model(ids, past_key_values=cache, position_ids=first + torch.arange(150)[None])
+        return cache.compressed[0].store.centroids
+
+    here, there = centroids("pre", 0), centroids("pre", offset)
+    assert torch.equal(here.count, there.count) and here.longest == 7
+    assert torch.allclose(masses(here), masses(there), rtol=8 * FP32)
+    size = here.keys.abs().max()
+    assert (here.keys - there.keys).abs().max() <= 20 * FP32 * size
+    moved = there.meta["positions"] - here.meta["positions"]
+    assert torch.allclose(moved, torch.full_like(moved, offset), atol=1e-2)
+    assert (centroids("post", 0).keys - centroids("post", offset).keys).abs().max() > 0.1 * size
+
+
 def test_a_sample_drops_the_rest():
     assert MPKVM().conserves and not MPKVM(sample_stride=2).conserves
     model = build("llama")
