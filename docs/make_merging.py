@@ -7,12 +7,13 @@ The rows are those of `benchmarks/merging.py` (paired differences) and of `bench
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Any
 
 import matplotlib
@@ -21,6 +22,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from kvloom.core import registry
+from kvloom.evaluation.equal import TOLERANCE
 from kvloom.evaluation.ledger import Ledger
 from kvloom.evaluation.results import Row
 
@@ -151,8 +153,8 @@ def _shown(mean: float, low: float, high: float, digits: int) -> str:
 
 
 def sweep_rows() -> list[Row]:
-    """The last measured row of every recipe and budget."""
-    found = {(r.subject.recipe, r.subject.budget): r for r in all_sweep_rows()}
+    """The last measured row of every recipe at every fraction."""
+    found = {(r.subject.recipe, fraction(r)): r for r in all_sweep_rows()}
     return list(found.values())
 
 
@@ -161,22 +163,22 @@ def all_sweep_rows() -> list[Row]:
     return list(Ledger(SWEEP).rows.values()) if SWEEP.exists() else []
 
 
-def fraction(row: Row) -> float:
-    """Percent of a dense cache in the model's dtype that was asked for; budgets are against 16 bits."""
-    if row.subject.budget is None:
-        return 100.0
-    return float(row.subject.budget.rstrip("%")) * row.bytes.dense / row.bytes.dtype_dense
-
-
 def share(row: Row) -> float:
-    """Percent of a dense cache in the model's dtype that was held."""
+    """Percent of a dense cache in the model's dtype that was held, on average over the tokens decoded."""
     b = row.bytes
     return 100 * b.compressed_mean / b.dense_mean * b.dense / b.dtype_dense
 
 
+def fraction(row: Row) -> float:
+    """The fraction that a row stands for, in percent: that which it holds most nearly."""
+    if row.subject.budget is None:
+        return 100.0
+    return min(FRACTIONS, key=lambda f: abs(math.log(f / share(row))))
+
+
 def method(row: Row) -> str:
-    """The recipe; mp_kvm by its centroids' share of the entries asked for, since it has other numbers of
-    them at each fraction.
+    """The recipe; mp_kvm by its centroids' share of the entries, since it has other numbers of them at
+    each fraction.
     """
     number = re.fullmatch(r"mp_kvm\(max_centroids=(\d+)\)", row.subject.recipe)
     if number is None:
@@ -185,22 +187,34 @@ def method(row: Row) -> str:
     return f"mp_kvm, {round(10 * part) * 10} % centroids"
 
 
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Where the true share lies with 95 % confidence, in percent (Wilson's interval)."""
+    z = NormalDist().inv_cdf(0.975)
+    whole = count + z * z
+    middle = (right + z * z / 2) / whole
+    reach = z * math.sqrt(right * (count - right) / count + z * z / 4) / whole
+    return 100 * (middle - reach), 100 * (middle + reach)
+
+
 def sweep_table() -> str:
     """Markdown: recall and perplexity of each method at each fraction, bytes and slack beside."""
     found = sweep_rows()
     if not found:
         return "Not measured yet."
     out = [
-        "| fraction | recipe | held | of it without live entries | perplexity | KL (nats) | needles |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| fraction | recipe | budget | held | of it without live entries | perplexity | KL (nats) | needles | 95 % |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(found, key=lambda r: (-fraction(r), r.subject.recipe)):
         b, q = row.bytes, row.quality
-        note = " (floor)" if b.allowed and b.compressed_mean > 1.02 * b.allowed else ""
+        off = share(row) / fraction(row) - 1
+        note = f" ({off:+.0%})" if row.subject.budget and abs(off) > TOLERANCE else ""
+        low, high = wilson(q.needles_right, q.needles)
+        recipe = row.subject.recipe.replace("|", "\\|")
         out.append(
-            f"| {fraction(row):g} % | `{row.subject.recipe}` | {share(row):.1f} %{note} | "
-            f"{b.slack / max(1, b.final):.0%} | {q.decode_perplexity:.2f} | {q.kl or 0:.3f} | "
-            f"{q.needles_right}/{q.needles} |"
+            f"| {fraction(row):g} % | `{recipe}` | {row.subject.budget or ''} | {share(row):.2f} %{note} | "
+            f"{b.slack / max(1, b.final):.0%} | {q.decode_perplexity:.2f} | {abs(q.kl or 0):.3f} | "
+            f"{q.needles_right}/{q.needles} | {low:.0f} to {high:.0f} % |"
         )
     made = (
         ((r.subject.recipe, r.subject.budget), r.environment.source_sha256, r.environment.git or "",
