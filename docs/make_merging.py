@@ -170,10 +170,10 @@ def share(row: Row) -> float:
 
 
 def fraction(row: Row) -> float:
-    """The fraction that a row stands for, in percent: that which it holds most nearly."""
+    """Percent of a dense cache in the model's dtype that was asked for; budgets are against 16 bits."""
     if row.subject.budget is None:
         return 100.0
-    return min(FRACTIONS, key=lambda f: abs(math.log(f / share(row))))
+    return float(row.subject.budget.rstrip("%")) * row.bytes.dense / row.bytes.dtype_dense
 
 
 def method(row: Row) -> str:
@@ -202,17 +202,17 @@ def sweep_table() -> str:
     if not found:
         return "Not measured yet."
     out = [
-        "| fraction | recipe | budget | held | of it without live entries | perplexity | KL (nats) | needles | 95 % |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| fraction | recipe | held | of it without live entries | perplexity | KL (nats) | needles | 95 % |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(found, key=lambda r: (-fraction(r), r.subject.recipe)):
         b, q = row.bytes, row.quality
         off = share(row) / fraction(row) - 1
-        note = f" ({off:+.0%})" if row.subject.budget and abs(off) > TOLERANCE else ""
+        note = f" ({off:+.0%})" if row.subject.budget and abs(off) > TOLERANCE / 2 else ""
         low, high = wilson(q.needles_right, q.needles)
         recipe = row.subject.recipe.replace("|", "\\|")
         out.append(
-            f"| {fraction(row):g} % | `{recipe}` | {row.subject.budget or ''} | {share(row):.2f} %{note} | "
+            f"| {fraction(row):g} % | `{recipe}` | {share(row):.2f} %{note} | "
             f"{b.slack / max(1, b.final):.0%} | {q.decode_perplexity:.2f} | {abs(q.kl or 0):.3f} | "
             f"{q.needles_right}/{q.needles} | {low:.0f} to {high:.0f} % |"
         )

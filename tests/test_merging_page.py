@@ -32,20 +32,3 @@ def test_an_interval_holds_the_mean_and_shrinks_to_a_constant(script: ModuleType
 def test_a_needles_interval_is_wilsons(script: ModuleType) -> None:
     assert [round(x, 1) for x in script.wilson(7, 8)] == [52.9, 97.8]
     assert script.wilson(0, 16)[0] == 0 and script.wilson(16, 16)[1] == 100
-
-
-def test_a_sweeps_entries_hold_what_is_asked_for() -> None:
-    sweep = load(DOCS.parent / "benchmarks" / "merge_sweep.py")
-
-    def smooth(n: int) -> float:
-        return 300 + 10 * n
-
-    def of_granules(n: int) -> float:
-        return 300 + 10 * 16 * (-(-n // 16))
-
-    for target in (2_000.0, 9_000.0, 40_000.0):
-        entries = sweep.entries_for(smooth, target, 100, 5)
-        assert abs(smooth(entries) - target) <= 0.01 * target
-        entries = sweep.entries_for(of_granules, target, round(target / 10), 5)
-        assert abs(of_granules(entries) - target) <= max(160, 0.01 * target)
-    assert sweep.entries_for(of_granules, 500.0, 50, 40) == 40  # the least
