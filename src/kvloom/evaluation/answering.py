@@ -21,7 +21,8 @@ from kvloom.core.budget import Budget
 from kvloom.evaluation import disjoint
 from kvloom.evaluation.decoders import Decoder, Final, decoder_for, feed_prompt, final
 from kvloom.evaluation.identity import tokens_sha256
-from kvloom.evaluation.measure import Advance, allowed
+from kvloom.evaluation.matching import Probe
+from kvloom.evaluation.measure import Advance, allowed, probed
 from kvloom.evaluation.results import Counts
 from kvloom.evaluation.subjects import Subject
 from kvloom.evaluation.task_results import Answer, Held, TaskFacts
@@ -143,6 +144,19 @@ def measure(
         advance(asked.tokens)
     peak = max(nbytes for nbytes, _ in ends)
     return _held(filled, budget, peak), _sum([c for _, c in ends]), answers
+
+
+def probe(
+    model: Any, subject: Subject, budget: Budget, target: Budget, prepared: Prepared, chunk: int
+) -> Probe:
+    """What a subject holds under `budget` when contexts were compressed, against what `target` means."""
+    filled = []
+    for asked in prepared.asked:
+        decoder = decoder_for(model, subject, budget)
+        filled.append(_read(decoder, asked, prepared.view, chunk)[1])
+    held = _held(filled, target, 0)
+    evicted = sum(f.end.counts.evicted for f in filled)
+    return probed(target, held.mean, held.other_mean, held.dense_mean, held.floor, evicted)
 
 
 def answer(model: Any, tokenizer: Any, decoder: Decoder, logits: Tensor, example: Example) -> str:

@@ -129,7 +129,8 @@ class Workplace:
 
 
 def _cell(spec: Spec) -> Cell:
-    return Cell(parse(spec.recipe), None if spec.budget is None else Budget.parse(spec.budget))
+    budget = None if spec.budget is None else Budget.parse(spec.budget)
+    return Cell(parse(spec.recipe), budget, spec.options.get("equal_bytes", False))
 
 
 def _document_bench(spec: Spec, model: Any, tokenizer: Any, facts: Model) -> Bench:

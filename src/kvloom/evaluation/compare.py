@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from kvloom import testbed
+from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation import answering, disjoint, identity, measure, needles, texts
+from kvloom.evaluation import answering, disjoint, identity, matching, measure, needles, texts
 from kvloom.evaluation.decoders import decoder_for
 from kvloom.evaluation.ledger import Ledger
-from kvloom.evaluation.results import Model, Protocol, Row
+from kvloom.evaluation.results import Matched, Model, Protocol, Row
 from kvloom.evaluation.subjects import Cell
 from kvloom.hf import load
 
@@ -77,32 +78,43 @@ class Bench:
         """Measure one cell."""
         start = time.perf_counter()
         with torch.inference_mode():
+            given, matched = self._given(cell)
             found = measure.measure(
-                self.model, self.document.ids, cell.subject, cell.budget, self.protocol,
-                progress.advance,
-            )  # fmt: skip
+                self.model, self.document.ids, cell.subject, given, self.protocol, progress.advance
+            )
             right = 0
             for needle in self.needles:
                 right += needles.answered(
-                    self.model, self.tokenizer, cell.subject, cell.budget, needle,
+                    self.model, self.tokenizer, cell.subject, given, needle,
                     self.protocol.prefill_chunk,
                 )  # fmt: skip
                 progress.advance(NEEDLE_STEPS)
+        allowed = measure.allowed(cell.budget, found.bytes.dense_mean)
         quality = dataclasses.replace(found.quality, needles_right=right, needles=len(self.needles))
         return Row(
             key=self.key(cell),
             measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             took=round(time.perf_counter() - start, 3),
             model=self.model_facts,
-            subject=cell.facts,
+            subject=dataclasses.replace(cell.facts, matched=matched),
             text=self.document.facts,
             protocol=self.protocol,
             environment=self.environment,
-            bytes=found.bytes,
+            bytes=dataclasses.replace(found.bytes, allowed=allowed),
             quality=quality,
             timing=found.timing,
             counts=found.counts,
             series=found.series,
+        )
+
+    def _given(self, cell: Cell) -> tuple[Budget | None, Matched | None]:
+        """The budget that the cell's cache is given, and how it was matched, if it was."""
+        target = cell.budget
+        if target is None or not cell.equal_bytes:
+            return target, None
+        ids, protocol = self.document.ids, self.protocol
+        return matching.match(
+            target, lambda b: measure.probe(self.model, ids, cell.subject, b, target, protocol)
         )
 
 

@@ -123,9 +123,10 @@ def remarks(rows: Sequence[Comparable]) -> list[str]:
             continue
         try:
             require_equal(held)
-            said.append(f"{budget}: equal bytes, within {TOLERANCE:.0%}.")
+            how = ", budgets adjusted until they were" if _matched(held) else ""
+            said.append(f"{budget}: equal bytes, within {TOLERANCE:.0%}{how}.")
         except ValueError as error:
-            said.append(f"{budget}: {error} ({_why(budget)}).")
+            said.append(f"{budget}: {error} ({_why(budget, held)}).")
     for rule, words in (
         (above, "Above their budget, since their floor is higher"),
         (idle, "Never evicted anything here, so these rows show a full cache or its format"),
@@ -149,7 +150,13 @@ def _of_own_size(rows: Sequence[Comparable]) -> list[str]:
     return [f"{OWN}: NOT equal bytes; against the largest: {listed}{more}."]
 
 
-def _why(budget: str) -> str:
+def _matched(rows: Sequence[Comparable]) -> bool:
+    return any(r.subject.matched is not None for r in rows)
+
+
+def _why(budget: str, rows: Sequence[Comparable]) -> str:
+    if _matched(rows):
+        return "budgets were adjusted as far as whole pages allow"
     if budget.endswith("tok"):
         return "entries are equal, bytes follow the format"
     return "a budget is a ceiling that whole pages must fit under"

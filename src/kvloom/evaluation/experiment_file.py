@@ -42,7 +42,7 @@ from typing import Any
 
 from kvloom.core.literals import hint
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation import tasks
+from kvloom.evaluation import matching, tasks
 from kvloom.evaluation.experiment import Claim, Experiment, Figure, Outcome, Spec
 from kvloom.evaluation.metrics import METRICS
 from kvloom.evaluation.settings import filled
@@ -56,9 +56,9 @@ else:
 OPTIONS: dict[str, dict[str, Any]] = {
     "document": {
         "tokens": 1024, "prefill": 512, "prefill_chunk": 0, "prefill_runs": 3, "needles": 0,
-        "needle_tokens": 0,
+        "needle_tokens": 0, "equal_bytes": False,
     },
-    "task": {"view": "blind", "prefill_chunk": 0, "filler": "stdlib"},
+    "task": {"view": "blind", "prefill_chunk": 0, "filler": "stdlib", "equal_bytes": False},
     "manifold": {"layer": -1, "head": 0, "length": 1024, "chunk": 64, "topics": False, "passage": 128},
     "attention": {"layer": -1, "head": 0, "length": 1024, "chunk": 64},
 }  # fmt: skip
@@ -173,6 +173,8 @@ def _specs(grid: dict[str, Any], shared: dict[str, Any], model: str | None) -> I
     for (m, text, task), repeat in itertools.product(itertools.product(*axes), range(made["repeats"])):  # fmt: skip
         seed = made["seed"] + repeat
         for cell, called in _cells(grid, seed, kind).items():
+            if options.get("equal_bytes") and cell.budget is not None:
+                matching.check(cell.budget)
             yield Spec(
                 grid=name, phase=grid.get("phase"), kind=kind, recipe=str(cell.subject),
                 budget=None if cell.budget is None else str(cell.budget), model=m,

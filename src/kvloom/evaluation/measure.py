@@ -37,6 +37,7 @@ from kvloom.evaluation.decoders import (
     final,
     forget_device_peak,
 )
+from kvloom.evaluation.matching import Probe
 from kvloom.evaluation.recompute import Recompute
 from kvloom.evaluation.results import Bytes, Counts, Protocol, Quality, Series, Timing
 from kvloom.evaluation.subjects import Subject
@@ -162,6 +163,31 @@ def measure(
         counts=end.counts,
         series=_series(steps),
     )
+
+
+def probe(
+    model: Any, ids: Tensor, subject: Subject, budget: Budget, target: Budget, protocol: Protocol
+) -> Probe:
+    """What a subject holds under `budget` over the tokens fed one by one, against what `target` means."""
+    decoder, steps = decoder_for(model, subject, budget), _Steps()
+    feed_prompt(decoder, ids[: protocol.prefill], protocol.prefill_chunk)
+    for i in range(protocol.prefill, len(ids) - 1):
+        decoder.feed(ids[i : i + 1])
+        steps.note(i + 1, decoder)
+    end = final(decoder)
+    dense_mean = end.dense / (len(ids) - 1) * statistics.fmean(steps.seen)
+    mean, other = statistics.fmean(steps.nbytes), statistics.fmean(steps.other_nbytes)
+    return probed(target, mean, other, dense_mean, end.floor, end.counts.evicted)
+
+
+def probed(
+    target: Budget, mean: float, other: float, dense_mean: float, floor: int, evicted: int
+) -> Probe:
+    """Bytes held as shares of those that `target` means: of the compressed layers, or of all."""
+    means = allowed(target, dense_mean)
+    assert means is not None
+    left_out = other if target.kind == "share" else 0.0
+    return Probe((mean - left_out) / means, floor / means, evicted)
 
 
 # -- feeding -------------------------------------------------------------------------------------

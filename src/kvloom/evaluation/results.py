@@ -44,6 +44,22 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Matched:
+    """How a budget was adjusted until a cache held what the cell's own budget says (`matching`).
+
+    Attributes:
+        given: the budget that the cache had. tried: budgets in turn; held: mean bytes under each / bytes that
+            the cell's budget means. reached: whether within 1 %. why: what prevented it, where not.
+    """
+
+    given: str
+    tried: list[str]
+    held: list[float]
+    reached: bool
+    why: str | None
+
+
+@dataclass(frozen=True)
 class Subject:
     """What was compared.
 
@@ -51,7 +67,8 @@ class Subject:
         recipe: the shortest text. full: with every parameter spelled out,
             and files by their sha256. budget: as asked, in
             canonical spelling. baseline: True for `recompute(...)`, which is no cache. evicts: whether
-            the recipe is one that can evict.
+            the recipe is one that can evict. matched: how the budget was adjusted to equal bytes; None,
+            as in older rows: the cache had the budget as asked.
     """
 
     recipe: str
@@ -59,6 +76,7 @@ class Subject:
     budget: str | None
     baseline: bool
     evicts: bool
+    matched: Matched | None = None
 
 
 @dataclass(frozen=True)
@@ -344,10 +362,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 
 def _read_fields(kind: Any, value: Any, where: str) -> Any:
+    """Fields whose default is None came later, and may be absent."""
     names = {f.name for f in dataclasses.fields(kind)}
-    if not isinstance(value, dict) or set(value) != names:
-        given = set(value) if isinstance(value, dict) else set()
-        odd = sorted(names ^ given)
+    given = set(value) if isinstance(value, dict) else set()
+    late = {f.name for f in dataclasses.fields(kind) if f.default is None}
+    odd = sorted((names ^ given) - (late - given))
+    if odd or not isinstance(value, dict):
         raise ValueError(f"{where} lacks or has too many of: {', '.join(odd)}")
     hints = typing.get_type_hints(kind)
-    return kind(**{n: _read(hints[n], value[n], f"{where}.{n}") for n in names})
+    return kind(**{n: _read(hints[n], value[n], f"{where}.{n}") for n in names & given})

@@ -43,10 +43,16 @@ def _literal_arguments(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to measure: a recipe, or the baseline, at a budget."""
+    """One thing to measure: a recipe, or the baseline, at a budget.
+
+    Attributes:
+        equal_bytes: what the cache holds is matched to what the budget says (`matching`); without a budget
+            there is nothing to match.
+    """
 
     subject: Subject
     budget: Budget | None = None
+    equal_bytes: bool = False
 
     @property
     def facts(self) -> results.Subject:
@@ -62,7 +68,9 @@ class Cell:
     def parts(self, env: results.Environment) -> dict[str, Any]:
         """The parts of a cell's key that are the same whatever it is measured on (`identity.cell_key`)."""
         policies = [] if isinstance(self.subject, Recompute) else self.subject.policies
+        matched = self.equal_bytes and self.budget is not None
         return {
+            **({"equal_bytes": True} if matched else {}),
             "recipe": self.facts.full,
             "budget": self.facts.budget,
             "sources": [env.source_sha256, identity.foreign_sha256(policies)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 
-from kvloom.evaluation import answering, identity, tasks, texts
+from kvloom.core.budget import Budget
+from kvloom.evaluation import answering, identity, matching, tasks, texts
 from kvloom.evaluation.compare import Progress
-from kvloom.evaluation.results import Model
+from kvloom.evaluation.measure import allowed
+from kvloom.evaluation.results import Matched, Model
 from kvloom.evaluation.subjects import Cell
 from kvloom.evaluation.task_results import SCHEMA, VERSION, TaskFacts, TaskRow
 
@@ -65,8 +68,9 @@ class TaskBench:
         """Measure one cell."""
         start = time.perf_counter()
         with torch.inference_mode():
+            given, matched = self._given(cell)
             held, counts, answers = answering.measure(
-                self.model, self.tokenizer, cell.subject, cell.budget, self.prepared, self.chunk,
+                self.model, self.tokenizer, cell.subject, given, self.prepared, self.chunk,
                 progress.advance,
             )  # fmt: skip
         return TaskRow(
@@ -74,12 +78,24 @@ class TaskBench:
             measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             took=round(time.perf_counter() - start, 3),
             model=self.model_facts,
-            subject=cell.facts,
+            subject=dataclasses.replace(cell.facts, matched=matched),
             task=self.facts,
             environment=self.environment,
-            bytes=held,
+            bytes=dataclasses.replace(held, allowed=allowed(cell.budget, held.dense_mean)),
             counts=counts,
             answers=answers,
+        )
+
+    def _given(self, cell: Cell) -> tuple[Budget | None, Matched | None]:
+        """The budget that the cell's caches are given, and how it was matched, if it was."""
+        target = cell.budget
+        if target is None or not cell.equal_bytes:
+            return target, None
+        return matching.match(
+            target,
+            lambda b: answering.probe(
+                self.model, cell.subject, b, target, self.prepared, self.chunk
+            ),
         )
 
 
