@@ -178,6 +178,17 @@ def test_other_commands_of_the_page_exist() -> None:
     assert len(presets) == 7 and presets <= set(registry.presets())
 
 
+def test_comparisons_show_every_metric_that_was_claimed() -> None:
+    from kvloom.evaluation.published import streaming_paper
+
+    experiment, _ = streaming_paper._experiment(quick=True, samples=1)
+    claimed = {c.metric for c in experiment.claims}
+    assert claimed <= set(streaming_paper.METRIC_NAMES)
+    head, *lines = streaming_paper._lines(experiment)
+    (mit,) = [dict(zip(head, x, strict=True)) for x in lines if x[:2] == ["table 1", "MIT"]]
+    assert mit["TPOT, ms (mean) (claimed)"] == "14.60"
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("head", FOLDERS)
 def test_every_published_file_is_written(ran: Path, head: str) -> None:

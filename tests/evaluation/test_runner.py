@@ -196,6 +196,11 @@ def test_a_run_that_is_killed_before_its_first_cell_keeps_the_record(
     with pytest.raises(KeyboardInterrupt):
         run(file, tmp_path / "out")
     assert [o.key for o in load(tmp_path / "out").outcomes] == keys
+    # but not with rows of another kvloom, which would look like this run's
+    monkeypatch.setattr(runner, "source_sha256", lambda: "other")
+    with pytest.raises(KeyboardInterrupt):
+        run(file, tmp_path / "out")
+    assert [o.key for o in load(tmp_path / "out").outcomes] == [None] * len(keys)
 
 
 def test_stopped_workers_take_no_further_cell(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:

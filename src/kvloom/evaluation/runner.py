@@ -19,6 +19,7 @@ from kvloom.evaluation.compare import Progress
 from kvloom.evaluation.executors import Order, executor
 from kvloom.evaluation.experiment import NAME as RECORD
 from kvloom.evaluation.experiment import Experiment, Outcome, Spec, load
+from kvloom.evaluation.identity import source_sha256
 from kvloom.evaluation.ledger import Ledger
 
 MEASURED = ("document", "task")
@@ -68,7 +69,10 @@ def run(
 
 
 def _continue(experiment: Experiment, folder: Path, keep: bool) -> None:
-    """Take over what an earlier run's record says, until each cell is found or measured anew."""
+    """Take over what an earlier run's record says, until each cell is found or measured anew.
+
+    Not what other sources of kvloom measured: were this run killed, its record would show both as one.
+    """
     if not (folder / RECORD).exists():
         return
     grids = {o.spec.grid for o in experiment.outcomes}
@@ -76,11 +80,15 @@ def _continue(experiment: Experiment, folder: Path, keep: bool) -> None:
     said = {json.dumps(asdict(o.spec), sort_keys=True): o for o in before.outcomes}
     for outcome in experiment.outcomes:
         known = said.get(json.dumps(asdict(outcome.spec), sort_keys=True))
-        if known is not None:
+        if known is not None and _of_these_sources(known):
             outcome.key, outcome.failed, outcome.fallback = known.key, known.failed, known.fallback
             outcome.row = known.row
     if keep and before.scale == experiment.scale:
         experiment.outcomes += [o for o in before.outcomes if o.spec.grid not in grids]
+
+
+def _of_these_sources(known: Outcome) -> bool:
+    return known.row is None or known.row.environment.source_sha256 == source_sha256()
 
 
 def _all(
