@@ -15,6 +15,8 @@ from kvloom.evaluation.report.blocks import Entry, Table, measured
 from kvloom.evaluation.report.data import Cell, Data, Missing
 from kvloom.evaluation.statistics import Summary
 
+ROUNDING = 1e-6  # nats: a full cache's own KL, by the order of its sums
+
 
 @dataclass(frozen=True)
 class Point:
@@ -83,9 +85,9 @@ def _bars(held: Sequence[Point]) -> list[list[float]] | None:
 
 
 def _scale(axes: Axes, values: Sequence[float], y: str) -> None:
-    """Logarithmic where values span decades."""
-    if y == "kl" and any(v > 0 for v in values):
-        axes.set_yscale("symlog", linthresh=min(v for v in values if v > 0))
+    """Logarithmic where values span decades; a KL of rounding alone is as good as zero."""
+    if y == "kl" and any(v > ROUNDING for v in values):
+        axes.set_yscale("symlog", linthresh=min(v for v in values if v > ROUNDING))
     elif y == "change" and max(values) > COLLAPSE:
         axes.set_yscale("symlog", linthresh=0.1)
     elif (

@@ -84,7 +84,18 @@ def metric_axis(axes: Axes, which: str, name: str, short: bool = False) -> None:
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:{sign if v else ''},.4g}%"))
     elif metric.form.endswith("x"):
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
+    elif name in ("nbytes", "peak"):
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1024:,.5g} KiB"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def roomy(axes: Axes, name: str) -> None:
+    """Give the y axis at least two per cent, or a twentieth of its values: less is noise, and should look so."""
+    low, high = axes.get_ylim()
+    least = 0.02 if "%" in METRICS[name].form else 0.05 * max(abs(low), abs(high))
+    if high - low < least:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - least / 2, middle + least / 2)
 
 
 def save(figure: Figure, folder: Path, stem: str, kinds: Sequence[str]) -> list[Path]:

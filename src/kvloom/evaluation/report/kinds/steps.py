@@ -43,7 +43,5 @@ def make(data: Data) -> list[Block]:
 
 
 def _named(row: Row, cell: Cell) -> Row:
-    """A row that ran otherwise than asked, called so; others as they are."""
-    if not cell.changes:
-        return row
+    """A row under the name that all figures have for it."""
     return dataclasses.replace(row, subject=dataclasses.replace(row.subject, recipe=cell.name))

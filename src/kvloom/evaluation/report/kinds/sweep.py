@@ -87,6 +87,7 @@ def _draw(axes: Axes, held: Sequence[tuple[Any, Cell]], metric: str, names: Sequ
             color=style.COLOURS[i % 7], marker=style.MARKERS[i % 8], label=style.label(name),
         )  # fmt: skip
     style.metric_axis(axes, "y", metric)
+    style.roomy(axes, metric)
     axes.grid(True, **style.GRID)
 
 
