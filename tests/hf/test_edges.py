@@ -67,6 +67,17 @@ def test_dense_fallback_refuses_rows_of_different_length(recipe, budget):
         padded_run(model, cache, *left_padded([90, 40]))
 
 
+def test_dense_fallback_reads_past_an_allocation_that_is_still_empty():
+    """At 128 tokens the page that the tail will fill next lies in a new slab."""
+    model, ids = build("llama"), tokens(130)
+    cache = CompressedCache(model, "none", attention="dense")
+    want = model(ids).logits
+    model(ids[:, :100], past_key_values=cache)
+    for i in range(100, 130):
+        got = model(ids[:, i : i + 1], past_key_values=cache).logits
+    assert (got[:, -1] - want[:, -1]).abs().max() < 1e-3 * want.abs().max()
+
+
 def test_dense_fallback_refuses_padding_in_the_middle():
     model = build("llama")
     cache = CompressedCache(model, "none", attention="dense")

@@ -90,9 +90,10 @@ class PagePool:
 
     def decode_all(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values of all slabs side by side, `[B, H, S, D]`, dead slots included."""
-        if not self.slabs:
+        slabs = [slab for slab in self.slabs if slab.pages]  # one is empty until its first page is full
+        if not slabs:
             return None
-        parts = [self.decode_tiles(slab, 0, slab.pages * TILES) for slab in self.slabs]
+        parts = [self.decode_tiles(slab, 0, slab.pages * TILES) for slab in slabs]
         return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
 
     def decode_tiles(self, slab: Slab, start: int, stop: int) -> tuple[Tensor, Tensor]:
