@@ -61,7 +61,8 @@ def main() -> None:
     ledger, benches = Ledger(OUT), dict[int, compare.Bench]()
     wanted = [(percent, recipe) for percent in given.fractions
               for recipe in given.only or [*merging(percent), *EVICTING]]  # fmt: skip
-    for percent, recipe in [(None, "none"), *wanted]:
+    full = [] if given.only else [(None, "none")]
+    for percent, recipe in [*full, *wanted]:
         needles = given.needles * (2 if percent == CLAIMED else 1)
         if needles not in benches:
             benches[needles] = bench_of(needles, given.decode)
