@@ -4,38 +4,58 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
 
 from kvloom import CompressedCache
 from kvloom.core import fixed
-from kvloom.core.attend import Call, attend
+from kvloom.core.attend import Call
 from kvloom.core.fixed import FixedLayer
+from kvloom.core.view import entries_of
 from kvloom.hf.fixed import FixedCache
 from kvloom.kernels import ops, triton_backend
 from tests.kernels import stores
 from tests.kernels.test_cpu import assert_close
 from tests.kernels.test_triton import _forced, filled  # noqa: F401
 
-RECIPES = [
-    "none", "int4(hadamard='both')", "knorm | int4",
-    "streaming_llm(sinks=4) | int4", "streaming_llm(sinks=3, positions='original') | lazy(every=20)",
-]  # fmt: skip
+SCALE, CAP = 0.2, 30.0
+RECIPES = {  # and its budget
+    "none": None,
+    "int4(hadamard='both')": None,
+    "knorm | ada | int4": "100tok",
+    "streaming_llm(sinks=4) | int4": "100tok",
+    "streaming_llm(sinks=3, positions='original') | lazy(every=20)": "100tok",
+    "h2o(sinks=2) | int8": "100tok",
+    "snapkv(window=3) | int4": "100tok",
+    "knorm | mass_fold(weight='count') | int8": "100tok",
+    "mp_kvm(max_centroids=6) | int8": "100tok",
+    "mp_kvm(max_centroids=6, positions='slot')": "100tok",
+    "mp_kvm(max_centroids=6, positions='positionless')": "100tok",
+}
 
 START = 190  # a page is full two tokens later
 
 
-def token(seed, D=32, G=2):
+def heads_of(recipe):
+    return 2 if "ada" in recipe else 1
+
+
+def token(seed, H=1, D=32, G=2):
     generator = torch.Generator().manual_seed(seed)
-    key, value = (torch.randn(1, 2, 1, D, generator=generator) for _ in range(2))
-    return torch.randn(1, 2, G, 1, D, generator=generator), key, value
+    key, value = (torch.randn(1, H, 1, D, generator=generator) for _ in range(2))
+    return torch.randn(1, H, G, 1, D, generator=generator), key, value
 
 
-def started(recipe, n=START, steps=12):
-    budget = "100tok" if "llm" in recipe or "knorm" in recipe else None
-    store = filled(recipe, D=32, n=n, budget=budget)
-    return FixedLayer(store, steps, 32**-0.5, slabs=3)
+def started(recipe, n=START, steps=4):
+    store = filled(recipe, H=heads_of(recipe), D=32, n=n, budget=RECIPES.get(recipe))
+    return FixedLayer(store, steps, slabs=3)
+
+
+def step(layer, seed, sink_logits=None):
+    query, key, value = token(seed, layer.store.plan.heads)
+    call = Call(query, SCALE, CAP, sink_logits, positions=torch.tensor([[seed]]))
+    return layer.step(call, key, value)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -52,80 +72,66 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_steps_and_flushes_attend_as_a_store_does(monkeypatch, recipe):
-    """The store that gets the same tokens one flush at a time is the reference."""
-    layer, other = started(recipe), started(recipe).store
-    n = 0
-    for steps in (1, 2, 1):
-        for i in range(steps):
-            query, key, value = token(n + i)
-            if i in (0, steps - 1):
-                want = reference(monkeypatch, other, n, i, query)
-                got = layer.step(query, key, value)
-                assert_close([got], [want.double()], 2e-5)
-            else:
-                layer.step(query, key, value)
-        positions = torch.arange(START + n, START + n + steps)[None]
+    """Of which each flush is one forward: what policies see of queries and attention is the same, too."""
+    layer, other, at = started(recipe), started(recipe).store, START
+    heads = heads_of(recipe)
+    logits = torch.tensor([[0.5, -1.0], [2.0, 0.0]])[:heads]
+    for n in (1, 2, 1):
+        got = torch.cat([step(layer, at + i, logits) for i in range(n)], 3)
+        positions = torch.arange(at, at + n)[None]
         layer.flush(positions)
-        commit(other, n, steps, positions)
-        n += steps
-    assert layer.store.tail.count.equal(other.tail.count)
-
-
-def commit(store, n, steps, positions):
-    tokens = [token(n + i) for i in range(steps)]
-    keys, values = (torch.cat([t[j] for t in tokens], 2) for j in (1, 2))
-    call = Call(keys.new_zeros(1, 2, 1, steps, 32), 32**-0.5, positions=positions)
-    store.commit(store.stage(keys, values, call, None, positions))
-
-
-def reference(monkeypatch, store, n, i, query):
-    """Attention of token n + i over the store and the tokens n .. n + i, in torch."""
-    new = [token(n + j) for j in range(i + 1)]
-    keys, values = (torch.cat([t[j] for t in new], 2) for j in (1, 2))
-    queries = torch.cat([torch.zeros_like(query).expand(-1, -1, -1, i, -1), query], 3)
-    positions = torch.arange(START + n, START + 1 + n + i)[None]
-    call = Call(queries, 32**-0.5, positions=positions)
-    with monkeypatch.context() as patch:
-        patch.setenv("KVLOOM_BACKEND", "reference")
+        new = [
+            torch.cat(x, -2) for x in zip(*(token(at + i, heads) for i in range(n)), strict=True)
+        ]
+        monkeypatch.setenv("KVLOOM_BACKEND", "reference")
         ops.forced_backend.cache_clear()
-        forward = store.stage(keys, values, call, None, positions)
-        if store.plan.in_cache:
-            store.next_position = positions[:, 0].to(torch.int64)
-        out = attend(store, call, forward.block)[0][:, :, :, -1:]
-    ops.forced_backend.cache_clear()
-    return out
+        call = Call(new[0], SCALE, CAP, logits, positions=positions)
+        want, forward = other.forward(new[1], new[2], call, None, positions)
+        other.commit(forward)
+        monkeypatch.setenv("KVLOOM_BACKEND", "triton")
+        ops.forced_backend.cache_clear()
+        assert_close([got], [want.double()], 2e-5)
+        at += n
+    held = [
+        (x.tail.count.tolist(), x.pool.live.tolist(), entries_of(x)) for x in (layer.store, other)
+    ]
+    assert held[0][:2] == held[1][:2]
+    assert_close([held[0][2].keys], [held[1][2].keys.double()], 1e-6)
 
 
-@pytest.mark.parametrize("recipe", ["int4", "streaming_llm(sinks=3, positions='original') | int4"])
+@pytest.mark.parametrize("recipe", ["streaming_llm(sinks=4) | int4", "h2o(sinks=2) | int8"])
 def test_a_replayed_step_is_the_next_one(recipe):
-    """As in a CUDA graph: the same launches on the same addresses, with other contents, also after pages
-    were added in between.
+    """As in a CUDA graph: the same operations on the same addresses, with other contents, also after
+    rehearsals were forgotten, and after pages were added in between.
     """
     layer, plain = started(recipe), started(recipe)
-    query, key, value = (torch.empty_like(x) for x in token(0))
-
-    def fill(seed):
-        for x, new in zip((query, key, value), token(seed), strict=True):
-            x.copy_(new)
-
-    fill(0)
-    graph, out = captured(layer, query, key, value)
-    assert_close([out], [plain.step(*token(0)).double()], 1e-6)
-    for n in range(1, 5):
-        if n == 3:
+    call = Call(token(0)[0], SCALE, CAP, positions=torch.tensor([[0]]))
+    _, key, value = token(0)
+    out, graph = captured(layer, call, key, value)
+    layer.flush(torch.empty(1, 0, dtype=torch.int64))
+    for n in range(START, START + 3):
+        if n == START + 2:
             for each in (layer, plain):
-                each.flush(torch.arange(START, START + 3)[None])
-        fill(n)
-        for launch, arguments in graph:
-            launch(*arguments)
-        want = plain.step(*token(n))
-        if n > 1:
-            assert_close([out], [want.double()], 1e-6)
+                each.flush(torch.arange(START, n)[None])
+        for x, new in zip((call.query, key, value), token(n), strict=True):
+            x.copy_(new)
+        graph()
+        assert_close([out], [step(plain, n).double()], 1e-6)
+    assert layer.count.equal(plain.count)
 
 
-def captured(layer, query, key, value):
-    """One step, and its launches: what a graph holds."""
+def captured(layer, call, key, value):
+    """One step's result, and what repeats the step as a graph does: launches of kernels and operators of
+    torch, with the tensors that they had, whose results are copied to where they were.
+    """
     held, kernels = [], triton_backend.kernels
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if not func.is_view:
+                held.append((func, args, kwargs or {}, found))
+            return found
 
     class Watched:
         def __init__(self, module):
@@ -141,65 +147,74 @@ def captured(layer, query, key, value):
 
         def __getitem__(self, grid):
             def launch(*args, **kwargs):
-                def again():
+                with _disable_current_modes():  # the interpreter is no part of the graph
                     self.kernel[grid](*args, **kwargs)
-
-                held.append((again, ()))
-                again()
+                held.append((self.kernel[grid], args, kwargs, None))
 
             return launch
 
-    with pytest.MonkeyPatch.context() as patch:
+    def again():
+        for run, args, kwargs, found in held:
+            made = run(*args, **kwargs)
+            if isinstance(found, torch.Tensor) and made is not found:
+                found.copy_(made)
+
+    with pytest.MonkeyPatch.context() as patch, Recorder():
         patch.setattr(triton_backend, "kernels", lambda name: Watched(kernels(name)))
-        out = layer.step(query, key, value)
-    return held, out
+        out = layer.step(call, key, value)
+    return out, again
 
 
 @pytest.mark.parametrize("recipe", ["int4", "streaming_llm(sinks=4) | int4"])
 def test_a_step_waits_for_nothing(recipe):
     layer = started(recipe)
     with NoWaiting():
-        layer.step(*token(0))
+        step(layer, 0)
 
 
 def test_a_flush_makes_room_where_the_graph_reads():
     layer = started("int4", n=70, steps=3)
     slots = layer.slots
     for i in range(3):
-        layer.step(*token(i))
+        step(layer, i)
     layer.flush(torch.arange(70, 73)[None])
     assert layer.slots == slots
     assert int(layer.count.max()) == int(layer.store.tail.longest)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "reason"),
-    [("h2o | int4", "watches"), ("snapkv | int4", "watches"), ("mp_kvm | int4", "centroids")],
+    ("n", "recipe", "reason"),
+    [(40, "int4", "no pages yet"), (2, "streaming_llm(sinks=4) | int4", "sinks are not full")],
 )
-def test_what_a_step_cannot_do_is_refused(recipe, reason):
-    store = filled(recipe, D=32, n=300, budget="200tok")
+def test_what_cannot_start_is_refused(n, recipe, reason):
+    store = filled(recipe, D=32, n=n, budget=RECIPES.get(recipe))
     with pytest.raises(ValueError, match=f"cannot decode in fixed memory: .*{reason}"):
-        FixedLayer(store, 8, 1.0)
+        FixedLayer(store, 8)
 
 
 def test_the_operator_is_visible_to_compilers():
-    layer, plain = started("int4"), started("int4")
+    layer, plain = started("h2o(sinks=2) | int8"), started("h2o(sinks=2) | int8")
     query, key, value = token(3)
+    logits, at = torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64)
+    rest = at, logits, layer.written(), SCALE, CAP, layer.number
+    torch.library.opcheck(fixed.fixed_step, (query, key, value, *rest))
+    layer.flush(torch.empty(1, 0, dtype=torch.int64))
     compiled = torch.compile(
-        lambda q, k, v, a, b, c: torch.ops.kvloom.fixed_step(q * 1.0, k, v, a, b, c, id(layer)),
+        lambda q: torch.ops.kvloom.fixed_step(q * 1.0, key, value, *rest) + 0.0,
         backend="aot_eager", fullgraph=True,
     )  # fmt: skip
-    out = compiled(query, key, value, layer.keys, layer.values, layer.count)
-    assert_close([out], [plain.step(query, key, value).double()], 1e-6)
-    assert layer.count.equal(plain.count)
+    out = compiled(query)
+    call = Call(query, SCALE, CAP, logits)
+    assert_close([out], [plain.step(call, key, value).double()], 1e-6)
+    for got, want in zip(layer.written(), plain.written(), strict=True):
+        assert torch.equal(got, want)
     with pytest.raises(ValueError, match="layer 77 is not, or no longer"):
-        torch.ops.kvloom.fixed_step(query, key, value, layer.keys, layer.values, layer.count, 77)
-    assert fixed.why_not(layer.store) is None
+        torch.ops.kvloom.fixed_step(query, key, value, *rest[:-1], 77)
 
 
 def test_a_model_decodes_in_fixed_memory(monkeypatch):
     """Logits are those of the cache that it was made from, before and after a flush."""
-    model = stores.model(4, 2, 32, torch.float32)
+    model = stores.model(2, 1, 32, torch.float32)
     ids = torch.randint(0, 32, (2, 80), generator=torch.Generator().manual_seed(1))
     caches = [CompressedCache(model, "int8") for _ in range(2)]
     monkeypatch.delenv("KVLOOM_BACKEND")
@@ -218,6 +233,11 @@ def test_a_model_decodes_in_fixed_memory(monkeypatch):
         assert_close([got], [want[i - 70].double()], 1e-4)
     assert decoding.get_seq_length() == 72
     assert decoding.nbytes > caches[0].nbytes
+    compiled = torch.compile(
+        lambda i, at: model(i, past_key_values=decoding, position_ids=at).logits, backend="eager"
+    )
+    got = compiled(ids[:, 73:74], torch.full((2, 1), 73))
+    assert_close([got], [model(ids[:, 73:74], past_key_values=caches[1]).logits.double()], 1e-4)
     with pytest.raises(ValueError, match="takes one token"):
         model(ids[:, :2], past_key_values=decoding, position_ids=torch.arange(2).expand(2, -1))
     with pytest.raises(ValueError, match="prefilled"):

@@ -135,9 +135,11 @@ def _paged(store: LayerStore, call: Call) -> bool:
 def _paged_partials(
     store: LayerStore, call: Call, new: Block | None, centroids: bool
 ) -> list[Partial]:
-    parts = paged.of(store).attend(store, call)
+    held = None
     if centroids and store.centroids is not None and store.centroids.longest:
-        parts.append(_partial(*centroid_tier(store, call)))
+        tier, _, query = centroid_tier(store, call)
+        held = paged.exact(query, tier.keys, tier.values, tier.keys.shape[2], tier.bias)
+    parts = paged.of(store).attend(store, call, held)
     if new is not None:
         parts += [_partial(t, call, call.query) for t in _exact_tiers(store, call, new, tail=False)]
     return parts
@@ -200,6 +202,15 @@ def _pages_and_tail(store: LayerStore, call: Call) -> Tier | None:
         return None
     n = (run.pages - 1) * PAGE + store.tail.longest
     return Tier(ALL, ALL, run.slot["keys"].narrow(2, 0, n), run.slot["values"].narrow(2, 0, n))
+
+
+def _slab_tiers(store: LayerStore, slab: Slab, call: Call) -> Iterator[Tier]:
+    """A slab as tiers: one, decoded by the Triton kernels, or one for each run."""
+    if not store.plan.format.in_place and paged.why_unread(store) is None:
+        yield _decoded_tier(store, slab, call, paged.of(store))
+        return
+    for segment in slab.segments():
+        yield _slab_tier(store, slab, segment, call)
 
 
 def _slab_tier(store: LayerStore, slab: Slab, segment: Segment, call: Call) -> Tier:
@@ -316,13 +327,15 @@ def attention_mass(store: LayerStore, call: Call, new: Block | None, lse: Tensor
     A second light pass over the keys, given the normaliser of the first.
     """
     columns, turned = [], _turned(store, call)
-    in_place = store.native.raw is not None
-    if in_place:
+    in_place = store.native.raw is not None or not store.pool.slabs
+    if store.native.raw is not None:
         columns.append(store.native.mass(store, call, lse))
+    elif not in_place and paged.why_not(store, call) is None:
+        columns.append(paged.of(store).mass(store, call, lse))
+        in_place = True
     for slab in () if in_place else store.pool.slabs:
         received = call.query.new_zeros((*slab.first.shape, slab.pages * PAGE), dtype=torch.float32)
-        for segment in slab.segments():
-            tier = _slab_tier(store, slab, segment, call)
+        for tier in _slab_tiers(store, slab, call):
             where = (tier.rows, tier.heads)
             received[where][:, :, : tier.keys.shape[2]] = _mass(tier, turned, lse[where])
         columns.append(received)

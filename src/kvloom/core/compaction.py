@@ -14,7 +14,8 @@ from torch import Tensor
 from kvloom.core.format import PAGE, Field
 from kvloom.core.pages import PagePool
 from kvloom.core.slab import Slab
-from kvloom.kernels.layout import TILE
+from kvloom.kernels import ops
+from kvloom.kernels.layout import TILE, Codes
 
 
 def compact(pool: PagePool) -> None:
@@ -113,6 +114,11 @@ def _move_tiles(f: Field, old: list[Tensor], new: Tensor, moves: list[Move], uni
             tiles[dst] = x.flatten(0, 1)[src]
         return
     assert f.codec is not None, "slots of a movable format must be separable"
+    if isinstance(f.codec, Codes):
+        move = ops.mover(new.device, f.codec.width)
+        if move is not None:
+            move(old, *_origins(moves, tiles), new, f.codec)
+            return
     slots = f.codec.unpack(tiles)  # of zeros: what no slot fills stays in order
     flat = slots.reshape(-1, slots.shape[2])
     for x, (src, dst) in zip(old, moves, strict=True):
@@ -121,6 +127,17 @@ def _move_tiles(f: Field, old: list[Tensor], new: Tensor, moves: list[Move], uni
             at * TILE + src % TILE
         ]
     tiles.copy_(f.codec.pack(flat.view_as(slots)))
+
+
+def _origins(moves: list[Move], tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Old slab and slot of every new slot of `tiles`, int32; slab -1: nothing moves there."""
+    slabs, slots = (
+        torch.full((len(tiles) * TILE,), -1, dtype=torch.int32, device=tiles.device)
+        for _ in range(2)
+    )
+    for i, (src, dst) in enumerate(moves):
+        slabs[dst], slots[dst] = i, src.to(torch.int32)
+    return slabs, slots
 
 
 def _units(x: Tensor, unit: int) -> Tensor:

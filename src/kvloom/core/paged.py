@@ -28,34 +28,31 @@ class Paged:
         self.pages: Pages | None = None
         self.constants: dict[str, Tensor] = {}  # tables of levels, on the device
 
-    def attend(self, store: LayerStore, call: Call) -> list[Partial]:
-        """`(out, lse)` of pages, tail and sinks: one partial result, or two if pages hold values in
-        another basis.
+    def attend(
+        self, store: LayerStore, call: Call, centroids: Exact | None = None
+    ) -> list[Partial]:
+        """`(out, lse)` of pages, tail, sinks and `centroids`: one partial result, or two if pages hold
+        values in another basis.
         """
-        plan, (B, H, G, Q, D) = store.plan, call.query.shape
+        B, H, G, Q, _ = call.query.shape
         query = call.query.contiguous()
-        tail, sinks = self._exact(store, query)
         pages = self._told(store, B * H * -(-G * Q // triton_backend.ROWS))
-        n = 0 if pages is None else len(pages.splits)
-        exact = tail.runs + (0 if sinks is None else sinks.runs)
-        launch = Launch(
-            B * H, H, G * Q, plan.value_dim, plan.dtype, store.device, call.scale, call.softcap, n + exact
-        )  # fmt: skip
-        if pages is not None:
-            turned = plan.format.turn_query(query, store.pool.tables).contiguous()
-            launch.pages(turned.view(B * H, G * Q, D), pages)
-        if exact:
-            launch.exact(tail, sinks, n)
+        return attended(store, call, query, pages, *self._exact(store, query), centroids)
 
-        def partial(first: int, stop: int) -> Partial:
-            out, lse = launch.combined(first, stop)
-            return out.view(B, H, G, Q, -1), lse.view(B, H, G, Q)
-
-        if not plan.format.turns or not n:
-            return [partial(0, n + exact)]
-        out, lse = partial(0, n)
-        back = (plan.format.turn_back(out, store.pool.tables), lse)
-        return [back, partial(n, n + exact)] if exact else [back]
+    def mass(self, store: LayerStore, call: Call, lse: Tensor) -> Tensor:
+        """What the entries of pages receive, fp32 `[B, H, slots]`; `lse [B, H, G, Q]` is that of all tiers."""
+        B, H, G, Q, D = call.query.shape
+        pages = self._told(store, max(1, self.programs))
+        assert pages is not None
+        norm = lse.float().clamp_min(torch.finfo(torch.float32).min)
+        if call.voters is not None:
+            norm = norm.masked_fill(~call.voters[:, None, None], float("inf"))
+        turned = store.plan.format.turn_query(call.query, store.pool.tables).contiguous()
+        slots = sum(slab.pages for slab in store.pool.slabs) * PAGE
+        received = torch.zeros(B * H, slots, dtype=torch.float32, device=store.device)
+        launch = _launch(store, call, runs=0)
+        launch.mass(turned.view(B * H, G * Q, D), pages, norm.contiguous(), received)
+        return received.view(B, H, slots)
 
     def read(self, store: LayerStore, slab: Slab) -> tuple[Tensor, Tensor]:
         """See `Native.read`."""
@@ -71,19 +68,17 @@ class Paged:
         tail, sinks = self._run(store.tail, query), None
         if store.sinks is not None and store.sinks.longest:
             if store.plan.in_cache:
-                query = store.sink_query(query).contiguous()
+                query = store.sink_query(query)
             sinks = self._run(store.sinks, query)
         return tail, sinks
 
     @staticmethod
     def _run(block: Block, query: Tensor) -> Exact:
-        B, H, G, Q, D = query.shape
-        bias = block.meta["mass"].float().contiguous() if "mass" in block.meta else None
         count = None
         if block.size is None:
             count = block.count.flatten().to(torch.int32).to(query.device, non_blocking=True)
-        flat = query.view(B * H, G * Q, D)
-        return Exact(flat, block.keys, block.values, block.longest, bias, count)
+        mass = block.meta.get("mass")
+        return exact(query, block.keys, block.values, block.longest, mass, count)
 
     def _told(self, store: LayerStore, programs: int) -> Pages | None:
         slabs = store.pool.slabs
@@ -133,6 +128,62 @@ class Paged:
         for x in (slab.alive, slab.meta.get("mass"), _positions(store, slab)):
             slots += [0, 0] if x is None else [triton_backend.address(x), x.shape[2]]
         return (key, value), [*mine, *its, *slots]
+
+
+def exact(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    stop: int,
+    bias: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Exact:
+    """Exact entries as the kernels see them, with their own `query [B, H, G, Q, D]`."""
+    flat = query.contiguous().flatten(0, 1).flatten(1, 2)
+    return Exact(
+        flat, keys, values, stop, None if bias is None else bias.float().contiguous(), count
+    )
+
+
+def _launch(store: LayerStore, call: Call, runs: int) -> Launch:
+    B, H, G, Q, _ = call.query.shape
+    return Launch(
+        B * H, H, G * Q, store.plan.value_dim, store.plan.dtype, store.device, call.scale, call.softcap, runs
+    )  # fmt: skip
+
+
+def attended(
+    store: LayerStore,
+    call: Call,
+    query: Tensor,
+    pages: Pages | None,
+    tail: Exact,
+    sinks: Exact | None,
+    centroids: Exact | None,
+) -> list[Partial]:
+    """Partial results of these tiers, see `Paged.attend`; `query`: the call's, contiguous."""
+    plan, (B, H, G, Q, D) = store.plan, query.shape
+    n = 0 if pages is None else len(pages.splits)
+    behind = n + tail.runs + (0 if sinks is None else sinks.runs)
+    stop = behind + (0 if centroids is None else centroids.runs)
+    launch = _launch(store, call, stop)
+    if pages is not None:
+        turned = plan.format.turn_query(query, store.pool.tables).contiguous()
+        launch.pages(turned.view(B * H, G * Q, D), pages)
+    if behind > n:
+        launch.exact(tail, sinks, n)
+    if centroids is not None:
+        launch.exact(centroids, None, behind)
+
+    def partial(first: int, stop: int) -> Partial:
+        out, lse = launch.combined(first, stop)
+        return out.view(B, H, G, Q, -1), lse.view(B, H, G, Q)
+
+    if not plan.format.turns or not n:
+        return [partial(0, stop)]
+    out, lse = partial(0, n)
+    back = (plan.format.turn_back(out, store.pool.tables), lse)
+    return [back, partial(n, stop)] if stop > n else [back]
 
 
 def _positions(store: LayerStore, slab: Slab) -> Tensor | None:

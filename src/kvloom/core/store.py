@@ -114,8 +114,8 @@ class LayerStore:
     def sink_gap(self) -> Tensor:
         """By how many positions the sinks are too far away, `[B, H]`."""
         assert self.sinks is not None
-        window = (self.stored - self.sinks.count).to(self.device)
-        pinned = self.sinks.count.to(self.device)
+        window = (self.stored - self.sinks.count).to(self.device, non_blocking=True)
+        pinned = self.sinks.count.to(self.device, non_blocking=True)
         first = self.sinks.meta["positions"][..., 0]
         return self.next_position[:, None] - window - pinned - first
 

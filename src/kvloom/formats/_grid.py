@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,6 +34,9 @@ from kvloom.kernels.layout import (
     unpack_values,
 )
 from kvloom.kernels.packed import PackedPart, Parameter
+
+if TYPE_CHECKING:
+    from kvloom.formats._rotated import Turning
 
 LEAST = 1e-7  # a scale that fp16 still holds; constant values have no other
 
@@ -127,9 +132,18 @@ class Grid:
     def _channels(self, width: int) -> int:
         return min(self.channels or width, width)
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Pages `[N, 64, W]` as `(tile, sets)`: `[N, 2, ...]`, and `[N, W]` per field."""
+    def encode(
+        self, x: Tensor, turning: Turning | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Pages `[N, 64, W]`, rotated first if need be, as `(tile, sets)`: `[N, 2, ...]`, and `[N, W]` per
+        field.
+        """
         encode = ops.encoder(x)
+        if encode is not None and turning is not None and ops.turns(encode):
+            encode = partial(encode, turned=turning.arguments())
+        elif turning is not None:
+            x = turning(x)
+            encode = ops.encoder(x)
         packed, parameters = self._by_torch(x) if encode is None else self._by_kernels(x, encode)
         named = dict(zip(self.names, parameters, strict=True))
         tile = {f"{self.part}_codes": packed}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,24 @@ from torch import Tensor
 from kvloom.core.format import PageBatch, PageFormat, Part, Place, Stored
 from kvloom.formats import _hadamard
 from kvloom.kernels.layout import cast
+
+
+@dataclass(frozen=True)
+class Turning:
+    """A rotation of pages: `signs` int8 `[H, W]`, and the `head` of each page, host int64 `[N]`."""
+
+    signs: Tensor
+    head: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pages `[N, 64, W]` in the rotated basis, fp32, from fp64."""
+        return _hadamard.transform(x.float() * self.signs[self.head][:, None])
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Signs, matrix and heads as `triton_backend.encode` takes them."""
+        device = self.signs.device
+        heads = self.head.to(torch.int32).to(device, non_blocking=True)
+        return self.signs, _hadamard.matrix(self.signs.shape[1], device), heads
 
 
 class Rotated(PageFormat, ABC):
@@ -41,13 +60,18 @@ class Rotated(PageFormat, ABC):
 
     def in_basis(self, batch: PageBatch) -> tuple[Tensor, Tensor]:
         """Keys and values `[N, 64, W]` in the basis in which they are stored."""
-        both = []
-        for part, x in (("key", batch.keys), ("value", batch.values)):
-            table = batch.tables.get(f"{part}_signs")
-            if table is not None:
-                x = _hadamard.transform(x.float() * table[batch.head][:, None])
-            both.append(x)
-        return both[0], both[1]
+        turnings = self.turnings(batch)
+        keys, values = (
+            x if turn is None else turn(x)
+            for x, turn in zip((batch.keys, batch.values), turnings, strict=True)
+        )
+        return keys, values
+
+    def turnings(self, batch: PageBatch) -> tuple[Turning | None, Turning | None]:
+        """The rotations of keys and values, None where there is none."""
+        signs = batch.tables.get("key_signs"), batch.tables.get("value_signs")
+        key, value = (None if x is None else Turning(x, batch.head) for x in signs)
+        return key, value
 
     def decode(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if not self.turns:

@@ -46,8 +46,9 @@ class Gridded(Rotated, ABC):
 
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         tile, shared = {}, {}
-        for grid, x in zip(self.grids, self.in_basis(batch), strict=True):
-            fields, sets = grid.encode(x)
+        both = batch.keys, batch.values
+        for grid, x, turning in zip(self.grids, both, self.turnings(batch), strict=True):
+            fields, sets = grid.encode(x, turning)
             tile.update(fields)
             shared.update(sets)
         if not shared:

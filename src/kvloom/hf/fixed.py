@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvloom.core.fixed import FixedLayer
+from kvloom.core.attend import Call
+from kvloom.core.fixed import FixedLayer, fixed_step
 from kvloom.hf.attention import Handle
 from kvloom.hf.cache import CompressedCache
 from kvloom.hf.layer import CompressedLayer
@@ -20,10 +21,10 @@ class FixedLayerOf(CacheLayerMixin):
     is_sliding = False
     is_compileable = True
 
-    def __init__(self, layer: CompressedLayer, steps: int, scale: float):
+    def __init__(self, layer: CompressedLayer, steps: int):
         super().__init__()
         assert layer.store is not None
-        self.inner, self.fixed = layer, FixedLayer(layer.store, steps, scale)
+        self.inner, self.fixed = layer, FixedLayer(layer.store, steps)
         self.is_initialized = True
         self.staged: tuple[Tensor, Tensor] | None = None
 
@@ -48,13 +49,21 @@ class FixedLayerOf(CacheLayerMixin):
         assert self.staged is not None
         keys, values = self.staged
         B, heads, Q, D = query.shape
-        if Q != 1 or softcap is not None or sink_logits is not None:
-            raise ValueError(
-                f"a step in fixed memory takes one token, no softcap and no sink logits, not {Q} tokens "
-                f"with softcap={softcap}"
-            )
-        H = keys.shape[1]
-        out = self.fixed.step(query.view(B, H, heads // H, 1, D), keys, values)
+        if Q != 1:
+            raise ValueError(f"a step in fixed memory takes one token, not {Q}")
+        H, G = keys.shape[1], heads // keys.shape[1]
+        grouped = query.reshape(B, H, G, 1, D)
+        logits = None if sink_logits is None else sink_logits.reshape(H, G)
+        if position_ids is not None:
+            position_ids = position_ids.expand(B, 1)
+        if torch.compiler.is_compiling():
+            out = fixed_step(
+                grouped, keys, values, position_ids, logits, self.fixed.written(), scale, softcap,
+                self.fixed.number,
+            )  # fmt: skip
+        else:
+            call = Call(grouped, scale, softcap, logits, positions=position_ids)
+            out = self.fixed.step(call, keys, values)
         return out.reshape(B, heads, 1, -1).to(query.dtype)
 
     def get_seq_length(self) -> int:
@@ -74,7 +83,8 @@ class FixedCache(Cache):
     """A prefilled `CompressedCache` whose steps can be captured in a CUDA graph.
 
     Give the model `position_ids` as a tensor, since the number of tokens is not counted on the way; call
-    `flush` every `steps` tokens at the latest, outside of the graph. Rows of equal length only.
+    `flush` every `steps` tokens at the latest, outside of the graph, and `flush(0)` after rehearsals, which
+    are forgotten. Rows of equal length only.
     """
 
     def __init__(self, cache: CompressedCache, steps: int = 64):
@@ -85,12 +95,12 @@ class FixedCache(Cache):
                 raise ValueError(
                     "every layer must be compressed, and prefilled, to decode in fixed memory"
                 )
-            made.append(FixedLayerOf(layer, steps, layer.store.plan.key_dim**-0.5))
+            made.append(FixedLayerOf(layer, steps))
         super().__init__(layers=list(made))
         self.cache, self.steps, self.fixed = cache, steps, made
 
     def flush(self, tokens: int) -> None:
-        """Hand the `tokens` steps since the last flush to the recipe's policies."""
+        """Hand the `tokens` steps since the last flush to the recipe's policies; 0: forget them."""
         for layer in self.fixed:
             assert layer.inner.store is not None
             start, B = layer.inner.columns, len(layer.inner.store.seen)

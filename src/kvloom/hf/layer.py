@@ -71,7 +71,8 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(f"recipe '{recipe}' needs the model's own weights: construct the "
                              "cache from the model, not from its config")  # fmt: skip
         if plan.needs_rope:
-            plan = dataclasses.replace(plan, rope=rope_of(model, self.layer_idx))
+            rope = rope_of(model, self.layer_idx).to(keys.device)
+            plan = dataclasses.replace(plan, rope=rope)
         if weighs:
             weight = output_weight_of(model, self.layer_idx, H, E)
             plan = dataclasses.replace(plan, output_weight=weight)

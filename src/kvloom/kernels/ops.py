@@ -72,6 +72,31 @@ def encoder(x: Tensor) -> Callable[..., None] | None:
     return triton_backend.encode if triton_why_not(*about) is None else None
 
 
+def turns(encode: Callable[..., None] | None) -> bool:
+    """Whether what `encoder` returned takes a rotation before it (`turned`)."""
+    return encode is triton_backend.encode
+
+
+def mover(device: torch.device, width: int) -> Callable[..., None] | None:
+    """What moves packed codes to other tiles, as `triton_backend.move_codes`; None: torch must."""
+    served = triton_why_not(device, torch.float32, width) is None
+    return triton_backend.move_codes if served else None
+
+
+def join_centroids(
+    slots: Tensor,
+    at: Tensor,
+    rows: Tensor,
+    mass: Tensor,
+    columns: int,
+    ema: float | None = None,
+) -> Tensor:
+    """See `reference.join_centroids`; its torch is what CPUs run."""
+    served = triton_why_not(slots.device, slots.dtype, 0) is None
+    join = triton_backend.join_centroids if served else reference.join_centroids
+    return join(slots, at, rows, mass, columns, ema)
+
+
 def serving() -> str:
     """What attends over pages on a CPU: `"cpu avx2"`, `"cpu vnni fast"`, `"torch"`, `"reference"`."""
     if cpu_refusal() is not None:

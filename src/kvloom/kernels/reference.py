@@ -85,6 +85,36 @@ def combine(
     return out, lse
 
 
+def join_centroids(
+    slots: Tensor,
+    at: Tensor,
+    rows: Tensor,
+    mass: Tensor,
+    columns: int,
+    ema: float | None = None,
+) -> Tensor:
+    """Centroids that tokens have joined: fp32 `[M, b, columns + 1]`, content and mass of the centroid that
+    each token is near.
+
+    Of M cells' centroids `slots [N, R]` and tokens `rows [M, b, R]`, the first `columns` are content, the
+    next is mass. `at [M, b]`: the slot that a token is near; `mass [M, b]`: with which it joins, 0: not at
+    all. Content becomes the mean by mass, or with `ema` moves by `1 - ema` for each token, the last one
+    last. Each centroid comes once for every token near it, always the same, so that no sum depends on the
+    order in which a device adds.
+    """
+    together = (at[..., None] == at[:, None]) * mass[:, None]  # [M, to, from]
+    held = slots.index_select(0, at.reshape(-1)).view(*at.shape, -1)
+    old, total = held[..., :columns], held[..., columns] + together.sum(-1)
+    if ema is None:
+        share = together / total.clamp_min(1e-30)[..., None]
+    else:  # the newest count most
+        after = together.triu(1).sum(-1)
+        moved = (1 - ema**mass) * ema**after
+        share = (together > 0) * moved[:, None]
+    new = old + share @ (rows[..., :columns] - old)
+    return torch.cat([new, total[..., None]], -1)
+
+
 def attention_mass(
     query: Tensor,
     keys: Tensor,

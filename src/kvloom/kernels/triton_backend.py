@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvloom.kernels.layout import TILE, padded, tile_nbytes
+from kvloom.kernels.layout import TILE, Codes, padded, tile_nbytes
 from kvloom.kernels.packed import PackedPart, Parameter
 
 PAGE = 64
@@ -156,14 +157,14 @@ class Fields:
 
 
 def splits(pages: list[int], programs: int, device: torch.device) -> Tensor:
-    """Runs of pages for slabs of so many pages, int32 `[S, 3]` (slab, first, last page), so that there
-    are enough programs to fill the device, `programs` being those of one run.
+    """Runs of pages for slabs of so many pages, int32 `[S, 4]` (slab, first and last page, slots of the
+    slabs before), so that there are enough programs to fill the device, `programs` being those of one run.
     """
     wanted = max(1, 4 * multiprocessors(device) // max(1, programs))
-    each = max(2, -(-sum(pages) // wanted))
-    runs = [
-        (i, start, min(start + each, n)) for i, n in enumerate(pages) for start in range(0, n, each)
-    ]
+    each, before, runs = max(2, -(-sum(pages) // wanted)), 0, []
+    for i, n in enumerate(pages):
+        runs += [(i, start, min(start + each, n), before) for start in range(0, n, each)]
+        before += n * PAGE
     return torch.tensor(runs, dtype=torch.int32).to(device, non_blocking=True)
 
 
@@ -198,7 +199,7 @@ class Pages:
 
     Attributes:
         key, value, rope: their `Spec`s and `Rope`. frequencies: fp32, of `rope`.
-        table: int64 `[slabs, 30]`, cells: int32 `[slabs, cells, 3]`, splits: int32 `[S, 3]`.
+        table: int64 `[slabs, 30]`, cells: int32 `[slabs, cells, 3]`, splits: int32 `[S, 4]`.
     """
 
     key: Any
@@ -212,11 +213,13 @@ class Pages:
     def roomy(self, slabs: int, runs: int) -> Pages:
         """Tables of the same pages with room for others, to be filled by `take`."""
         cells = self.cells.new_zeros(slabs, *self.cells.shape[1:])
-        table, splits = (
-            self.table.new_zeros(slabs, self.table.shape[1]),
-            self.splits.new_zeros(runs, 3),
-        )
+        table = self.table.new_zeros(slabs, self.table.shape[1])
+        splits = self.splits.new_zeros(runs, self.splits.shape[1])
         return replace(self, table=table, cells=cells, splits=splits)
+
+    def clear(self) -> None:
+        """Say that there are no pages, in place."""
+        self.splits.zero_()
 
     def take(self, other: Pages) -> None:
         """Say what `other` says, where a captured graph reads it: in place, without waiting.
@@ -263,18 +266,33 @@ class Launch:
     def grid(self) -> int:
         return self.cells * -(-self.M // self.block)
 
-    def pages(self, query: Tensor, pages: Pages) -> None:
-        """Runs 0 .. of `pages.splits`; `query [cells, M, D]`."""
+    def _options(self, pages: Pages) -> dict[str, Any]:
+        """What kernels that read pages are compiled for."""
         half = self.dtype != torch.float32
         plain = pages.rope is None and not any(
             s.outliers or s.plane or s.kind == "levels" for s in (pages.key, pages.value)
         )  # the others need shared memory for more than one page at a time, or for what comes next
+        return {"K": pages.key, "R": pages.rope, "M": self.block, "PAGES": 2 if half and plain else 1,
+                "DTYPE": triton_dtype(self.dtype), "PRECISION": "tf32" if half else "ieee",
+                "CAPPED": bool(self.softcap), "num_warps": 4 if plain else 8,
+                "num_stages": 2 if plain else 1}  # fmt: skip
+
+    def pages(self, query: Tensor, pages: Pages) -> None:
+        """Runs 0 .. of `pages.splits`; `query [cells, M, D]`."""
         kernels("attention").attend_pages[(self.grid, len(pages.splits))](
             query, pages.table, pages.cells, pages.splits, pages.frequencies, self.out, self.lse,
             self.M, self.cells, self.heads, self.scale, self.softcap or 1.0,
-            K=pages.key, V=pages.value, R=pages.rope, M=self.block, PAGES=2 if half and plain else 1,
-            DTYPE=triton_dtype(self.dtype), PRECISION="tf32" if half else "ieee",
-            CAPPED=bool(self.softcap), num_warps=4 if plain else 8, num_stages=2 if plain else 1,
+            V=pages.value, **self._options(pages),
+        )  # fmt: skip
+
+    def mass(self, query: Tensor, pages: Pages, norm: Tensor, received: Tensor) -> None:
+        """Attention that pages receive, added up over `query [cells, M, D]`, to `received [cells, slots]`,
+        which is 0; `norm [cells, M]`: normalisers over all tiers, +inf where a query does not vote.
+        """
+        kernels("attention").mass_of_pages[(self.cells, len(pages.splits))](
+            query, pages.table, pages.cells, pages.splits, pages.frequencies, norm, received,
+            self.M, self.cells, received.shape[1], self.heads, self.scale, self.softcap or 1.0,
+            **self._options(pages),
         )  # fmt: skip
 
     def exact(self, tail: Exact, sinks: Exact | None, first_run: int) -> None:
@@ -295,9 +313,10 @@ class Launch:
         """Runs `first .. stop` as one: `out [cells, M, E]`, `lse [cells, M]`."""
         outs, lses = self.out[first:stop], self.lse[first:stop]
         out, lse = torch.empty_like(self.out[0]), torch.empty_like(self.lse[0])
+        runs = 1 << (outs.shape[0] - 1).bit_length()
         kernels("attention").combine[(out.shape[0],)](
             outs, lses, out, lse, outs.shape[0], out.shape[0], WIDTH=self.width,
-            BLOCK=1 << (self.width - 1).bit_length(),
+            BLOCK=1 << (self.width - 1).bit_length(), RUNS=max(4, min(32, runs)),
         )  # fmt: skip
         return out.view(self.cells, self.M, -1), lse.view(self.cells, self.M)
 
@@ -348,19 +367,37 @@ def encode(
     )  # fmt: skip
 
 
-def move_codes(
-    old: list[Tensor], slabs: Tensor, slots: Tensor, bits: int, width: int, keys: bool
-) -> Tensor:
-    """Codes of slots in new tiles, uint8 `[N, bytes]`: new slot i is slot `slots[i]` of `old[slabs[i]]`
-    (`[M, 2, bytes]` each), and 0 where `slabs[i]` is -1; both int32 `[N * 32]`.
+def move_codes(old: list[Tensor], slabs: Tensor, slots: Tensor, out: Tensor, codec: Codes) -> None:
+    """Codes of slots to new tiles, `out [M, 2, bytes]` uint8: new slot i is slot `slots[i]` of
+    `old[slabs[i]]`, as `out`, and 0 where `slabs[i]` is -1; both int32 `[M * 64]`.
     """
-    device, words = slots.device, tile_nbytes(width, bits) // 4
-    out = torch.empty(len(slots) // TILE, 4 * words, dtype=torch.uint8, device=device)
-    table = torch.tensor([address(x) for x in old], dtype=torch.int64).to(device)
+    width, bits = codec.width, codec.bits
+    words = tile_nbytes(width, bits) // 4
+    table = torch.tensor([address(x) for x in old], dtype=torch.int64)
+    table = table.to(out.device, non_blocking=True)
     spec = kernels("spec").Spec("uniform", width, padded(width), bits=bits, words=words)
-    kernels("compact").move_codes[(len(out),)](
-        table, slabs, slots, out.view(torch.int32), S=spec, KEYS=keys,
+    kernels("compact").move_codes[(len(slots) // TILE,)](
+        table, slabs, slots, out.view(torch.int32), S=spec, KEYS=codec.part == "key",
         BLOCK=1 << (words - 1).bit_length(),
+    )  # fmt: skip
+
+
+def join_centroids(
+    slots: Tensor,
+    at: Tensor,
+    rows: Tensor,
+    mass: Tensor,
+    columns: int,
+    ema: float | None = None,
+) -> Tensor:
+    """As `reference.join_centroids`."""
+    M, b = at.shape
+    out = slots.new_empty(M, b, columns + 1)
+    log_ema = math.log(ema) if ema else -1e30  # of which 0 times is 0
+    block = min(256, 1 << (columns - 1).bit_length())
+    kernels("centroids").join_centroids[(M * b, -(-columns // block))](
+        slots, at.contiguous(), rows.contiguous(), mass.contiguous(), out, b, slots.shape[1], log_ema,
+        COLUMNS=columns, EMA=ema is not None, BLOCK=block, TOKENS=1 << (b - 1).bit_length(),
     )  # fmt: skip
     return out
 

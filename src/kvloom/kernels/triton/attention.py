@@ -62,7 +62,7 @@ def finish(out, lse, at, rows, M_ROWS, acc0, acc1, top, total, S: tl.constexpr):
     inside = rows < M_ROWS
     seen = tl.where(total == 0.0, 1.0, total)
     norm = 1.0 / seen
-    here = (at * M_ROWS + rows).to(tl.int64)
+    here = tl.full((), at, tl.int64) * M_ROWS + rows
     tl.store(lse + here, tl.where(total == 0.0, EMPTY, top + tl.log(seen)), mask=inside)
     for half in tl.static_range(2):
         channel = channels_of(half, S)
@@ -149,23 +149,24 @@ def attend_pages(
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, M: tl.constexpr, PAGES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Queries `[cells, M_ROWS, D]`; `splits [S, 3]`: slab, first and last page of each run; `cells`
-    `[slabs, cells, 3]`; program `(cell and block of M rows, run)`.
+    """Queries `[cells, M_ROWS, D]`; `splits [S, 4]`: slab, first and last page of each run, slots of the
+    slabs before; `cells` `[slabs, cells, 3]`; program `(cell and block of M rows, run)`.
     """
     T: tl.constexpr = PAGES * (PAGE // TILE)
     cell, part = tl.program_id(0) % cells_n, tl.program_id(0) // cells_n
     run, head = tl.program_id(1), cell % heads
-    slab = tl.load(splits + run * 3)
+    split = splits + run * 4
+    slab = tl.load(split)
     row, mine = table + slab * ROW, cells + (slab * cells_n + cell) * 3
     first, used, skip = tl.load(mine + FIRST), tl.load(mine + USED), tl.load(mine + SKIP)
-    stop = tl.minimum(tl.load(splits + run * 3 + 2), used)
+    stop = tl.minimum(tl.load(split + 2), used)
     rows = part * M + tl.arange(0, M)
     exists = rows < M_ROWS
     at = (cell * M_ROWS + rows) * K.width
     q = load_queries(query, at, exists, K, DTYPE)
     acc0, acc1 = tl.full((M, V.columns), 0.0, tl.float32), tl.full((M, V.columns), 0.0, tl.float32)
     top, total = tl.full((M,), EMPTY, tl.float32), tl.full((M,), 0.0, tl.float32)
-    for page in range(tl.maximum(tl.load(splits + run * 3 + 1), skip // PAGE), stop, PAGES):
+    for page in range(tl.maximum(tl.load(split + 1), skip // PAGE), stop, PAGES):
         tile0, slot0 = (first + page) * (PAGE // TILE), page * PAGE
         tiles = (stop - page) * (PAGE // TILE)
         s = page_logits(
@@ -248,22 +249,65 @@ def attend_exact(
 
 
 @triton.jit(do_not_specialize=["runs", "rows_n"])
-def combine(outs, lses, out, lse, runs, rows_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Runs' results `[runs, rows, E]` as one, exactly; program: row."""
+def combine(
+    outs, lses, out, lse, runs, rows_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, RUNS: tl.constexpr
+):
+    """Runs' results `[runs, rows, E]` as one, exactly, `RUNS` of them at a time; program: row."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     top, total = tl.full((), EMPTY, tl.float32), tl.full((), 0.0, tl.float32)
     acc = tl.full((BLOCK,), 0.0, tl.float32)
-    for run in range(0, runs):
-        at = run * rows_n + row
-        one = tl.load(lses + at)
-        new = tl.maximum(top, one)
+    for start in range(0, runs, RUNS):
+        run = start + tl.arange(0, RUNS)
+        at = run.to(tl.int64) * rows_n + row
+        some = tl.load(lses + at, mask=run < runs, other=EMPTY)
+        new = tl.maximum(top, tl.max(some, 0))
         safe = tl.where(new == EMPTY, 0.0, new)
-        decay, weight = tl.exp(top - safe), tl.exp(one - safe)
-        x = tl.load(outs + at * WIDTH + column, mask=column < WIDTH, other=0.0)
-        acc = acc * decay + x * weight
-        total = total * decay + weight
+        decay, weight = tl.exp(top - safe), tl.exp(some - safe)
+        inside = (run < runs)[:, None] & (column < WIDTH)[None, :]
+        x = tl.load(outs + at[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
+        acc = acc * decay + tl.sum(x * weight[:, None], 0)
+        total = total * decay + tl.sum(weight, 0)
         top = new
     seen = tl.where(total == 0.0, 1.0, total)
     norm = 1.0 / seen
     tl.store(out + row * WIDTH + column, acc * norm, mask=column < WIDTH)
     tl.store(lse + row, tl.where(total == 0.0, EMPTY, top + tl.log(seen)))
+
+
+@triton.jit(do_not_specialize=["M_ROWS", "cells_n", "slots_n"])
+def mass_of_pages(
+    query, table, cells, splits, frequencies, norm, received, M_ROWS, cells_n, slots_n, heads, scale,
+    softcap, K: tl.constexpr, R: tl.constexpr, M: tl.constexpr, PAGES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Attention that slots of pages receive, `received [cells, slots_n]`, which is 0 before: summed over
+    the queries, whose normalisers over all tiers are `norm [cells, M_ROWS]` (+inf: it does not vote).
+    Program: (cell, run) as in `attend_pages`.
+    """
+    N: tl.constexpr = PAGES * PAGE
+    T: tl.constexpr = PAGES * (PAGE // TILE)
+    cell, split = tl.program_id(0), splits + tl.program_id(1) * 4
+    head, slab = cell % heads, tl.load(split)
+    row, mine = table + slab * ROW, cells + (slab * cells_n + cell) * 3
+    first, used, skip = tl.load(mine + FIRST), tl.load(mine + USED), tl.load(mine + SKIP)
+    stop = tl.minimum(tl.load(split + 2), used)
+    mass = received + cell.to(tl.int64) * slots_n + tl.load(split + 3)
+    for page in range(tl.maximum(tl.load(split + 1), skip // PAGE), stop, PAGES):
+        tile0, slot0 = (first + page) * (PAGE // TILE), page * PAGE
+        tiles = (stop - page) * (PAGE // TILE)
+        total = tl.full((N,), 0.0, tl.float32)
+        for start in range(0, M_ROWS, M):
+            rows = start + tl.arange(0, M)
+            exists = rows < M_ROWS
+            at = (cell * M_ROWS + rows) * K.width
+            q = load_queries(query, at, exists, K, DTYPE)
+            s = page_logits(
+                q, query, at, exists, row, head, cell, frequencies, tile0, slot0, tiles,
+                K, R, M, T, DTYPE, PRECISION,
+            )  # fmt: skip
+            s = capped(s, scale, softcap, CAPPED)
+            s = slot_bias(s, row, cell, slot0, stop * PAGE, skip, N)
+            one = tl.load(norm + cell * M_ROWS + rows, mask=exists, other=float("inf"))
+            total += tl.sum(tl.exp(s - one[:, None]), 0)
+        slot = slot0 + tl.arange(0, N)
+        tl.store(mass + slot, total, mask=slot < stop * PAGE)

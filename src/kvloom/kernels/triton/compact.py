@@ -46,7 +46,7 @@ def move_codes(table, slabs, slots, out, S: tl.constexpr, KEYS: tl.constexpr, BL
     """New tiles `out [N, words]` from the slots of slabs at `table`; `slabs`, `slots [N * 32]` say which
     slot of which slab each new one is, slab -1: none (its codes are 0). Program: tile.
     """
-    tile = tl.program_id(0)
+    tile = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     word = word_of(moved, (table, slabs, slots, tile * TILE), n, n < S.words, KEYS, S)
-    tl.store(out + tile.to(tl.int64) * S.words + n, word, mask=n < S.words)
+    tl.store(out + tile * S.words + n, word, mask=n < S.words)

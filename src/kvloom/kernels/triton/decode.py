@@ -69,6 +69,8 @@ def decode_part(
     if S.outliers > 0:
         put_outliers(row, page, out, exists, S, P, DTYPE)
     if S.plane > 0:
+        if S.outliers > 0:
+            tl.debug_barrier()
         n = tl.arange(0, PAGE)
         COUNT: tl.constexpr = S.plane
         for j in tl.static_range(COUNT):
@@ -87,6 +89,6 @@ def decode_pages(
     row, mine = table + slab * ROW, cells + (slab * cells_n + cell) * 3
     exists = page < tl.load(mine + USED)
     stored = tl.load(mine + FIRST) + page
-    at = (cell * pages + page).to(tl.int64) * PAGE
+    at = (cell.to(tl.int64) * pages + page) * PAGE
     decode_part(row, cell % heads, stored, exists, keys + at * K.width, K, 0, DTYPE)
     decode_part(row, cell % heads, stored, exists, values + at * V.width, V, 1, DTYPE)

@@ -142,6 +142,22 @@ def encode_page(
 
 
 @triton.jit
+def rotated(x, signs, matrix, channel, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """`(x * signs) @ matrix` of a page, `[64, BLOCK]` fp32; `x [64, 1]`: where its tokens lie. Part by part,
+    since a matrix of 256 channels does not fit in shared memory.
+    """
+    v = tl.full((64, BLOCK), 0.0, tl.float32)
+    for start in range(0, WIDTH, 16):
+        i = start + tl.arange(0, 16)
+        part = tl.load(x + i[None, :], mask=(i < WIDTH)[None, :], other=0.0).to(tl.float32)
+        sign = tl.load(signs + i, mask=i < WIDTH, other=0).to(tl.float32)
+        inside = (i < WIDTH)[:, None] & (channel < WIDTH)
+        m = tl.load(matrix + i[:, None] * WIDTH + channel, mask=inside, other=0.0)
+        v = product(part * sign[None, :], m, v)
+    return v
+
+
+@triton.jit
 def encode_pages(
     x, codes, scale, zero, scratch, signs, heads_of, matrix,
     S: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
@@ -153,12 +169,11 @@ def encode_pages(
     page = tl.program_id(0).to(tl.int64)
     token, channel = tl.arange(0, PAGE)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (channel < WIDTH) & (token >= 0)
-    v = tl.load(x + (page * PAGE + token) * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
+    here = x + (page * PAGE + token) * WIDTH
     if signs is not None:
-        head = tl.load(heads_of + page)
-        sign = tl.load(signs + head * WIDTH + channel, mask=channel < WIDTH, other=0)
-        i = tl.arange(0, BLOCK)[:, None]
-        m = tl.load(matrix + i * WIDTH + channel, mask=(i < WIDTH) & (channel < WIDTH), other=0.0)
-        v = product(v * sign.to(tl.float32), m, tl.full((64, BLOCK), 0.0, tl.float32))
+        mine = signs + tl.load(heads_of + page) * WIDTH
+        v = rotated(here, mine, matrix, channel, WIDTH, BLOCK)
+    else:
+        v = tl.load(here + channel, mask=inside, other=0.0).to(tl.float32)
     own = scratch + page * (PAGE * S.padded)
     encode_page(v, page, codes, scale, zero, own, S, KEYS, BLOCK)

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from kvloom.core.block import Block, take_slots
 from kvloom.core.merge import Losers, Memory
+from kvloom.kernels import ops
 from kvloom.policies.merge._counts import UNIT, counts_of
 
 if TYPE_CHECKING:
@@ -218,23 +219,11 @@ class Clusters:
         return before.view(-1, 1) + valid.cumsum(-1) <= n
 
     def _join(self, rows: Tensor, near: Tensor, joins: Tensor) -> None:
-        """Fold tokens that join into the centroids at `near [M, b]`.
-
-        Each centroid is written once for every token near it, always with the same result, so that
-        no sum depends on the order in which a device adds.
-        """
-        mass = rows[..., self.columns] * joins
-        together = (near[..., None] == near[:, None]) * mass[:, None]  # [M, to, from]
-        held = self.flat.index_select(0, self._at(near)).view(*near.shape, -1)
-        old, total = held[..., : self.columns], held[..., self.columns] + together.sum(-1)
-        if self.rules.update == "mean":
-            share = together / total.clamp_min(1e-30)[..., None]
-        else:  # the newest count most
-            after = together.triu(1).sum(-1)
-            moved = (1 - self.rules.ema**mass) * self.rules.ema**after
-            share = (together > 0) * moved[:, None]
-        new = old + share @ (rows[..., : self.columns] - old)
-        self._write(near, self._slot(new, total[..., None]))
+        """Fold tokens that join into the centroids at `near [M, b]`."""
+        mass, ema = rows[..., self.columns] * joins, self.rules.ema
+        at, smooth = self._at(near).view_as(near), self.rules.update == "ema"
+        new = ops.join_centroids(self.flat, at, rows, mass, self.columns, ema if smooth else None)
+        self._write(near, self._slot(new[..., :-1], new[..., -1:]))
 
     def _open(self, rows: Tensor, opens: Tensor) -> None:
         """Let tokens open centroids in the first free slots, in their order."""
