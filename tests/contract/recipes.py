@@ -32,7 +32,7 @@ VARIANTS = {
     "nearest": ["nearest(keys=True)"],
     "mass_fold": ["mass_fold(weight='count')", "mass_fold(weight='score', min_similarity=0.3)"],
     "cam": ["cam(spread=5, seed=3)"],
-    "dense": ["dense(rope='pre')"],
+    "dense": ["dense(rope='pre')", "dense(unpaged=0)"],
     "int4": ["int4(keys='channel')", "int4(hadamard='both', symmetric=True)"],
     "int3": ["int3(values='channel', value_bits=8, group=32, channels=32, hadamard='keys')"],
     "streaming_kvquant": [  # with outliers in most pages

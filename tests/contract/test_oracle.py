@@ -36,7 +36,7 @@ COVERING = [case for case in covering(FACTORS, 2, allowed) if case not in EACH]
 RANDOM = ("merger", "allocator", "schedule", "budget")
 # The product runs over the ways in which formats differ for a cache, and over every scorer once; pairs
 # run over all formats and over the scorers' variants.
-KINDS = ["dense", "dense(rope='pre')", "int4", "int4(keys='channel')"]
+KINDS = ["dense(unpaged=0)", "dense(rope='pre')", "int4", "int4(keys='channel')"]
 SCORERS = [s for s in FACTORS["scorer"] if s not in recipes.BESIDE]
 
 

@@ -231,7 +231,7 @@ def test_masses_sum_to_tokens(recipe):
     assert bool(stats.merged) == bool(cache.recipe.merger and cache.recipe.merger.name != "drop")
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 @pytest.mark.parametrize("merger", registered("merger"), ids=recipes.short)
 def test_mergers_with_masses_lose_less_than_dropping(merger, fmt):
     """Mass that is lost: tokens that no entry stands for any more.

@@ -27,7 +27,7 @@ class Scored(StreamingLLM):
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize(
-    "rest", [Lazy(), Lazy(every=16, slack=4), Int4(), Dense(rope="pre")], ids=str
+    "rest", [Lazy(), Lazy(every=16, slack=4), Dense(unpaged=0), Int4(), Dense(rope="pre")], ids=str
 )
 def test_same_logits_and_entries(mode, rest):
     model = build("llama")
@@ -54,7 +54,7 @@ def test_same_logits_and_entries(mode, rest):
 def test_crop_after_the_start_moved():
     """Forgetting the newest tokens where the oldest are gone already."""
     model, ids = build("llama"), tokens(300)
-    cache = CompressedCache(model, "streaming_llm(recent=150) | lazy(every=32)")
+    cache = CompressedCache(model, "streaming_llm(recent=150) | lazy(every=32) | dense(unpaged=0)")
     model(ids[:, :120], past_key_values=cache)
     model(ids[:, 120:200], past_key_values=cache)  # compressed here, and not again for 31 tokens
     assert int(cache.layers[0].store.pool.slabs[0].skip.max()) > 0

@@ -137,14 +137,14 @@ AttentionInterface.register("slot_reference", slot_attention)
 AttentionMaskInterface.register("slot_reference", eager_mask)
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_recomputed_rope(family, mode, fmt, monkeypatch):
     ours, theirs = build(family), build(family, attention="slot_reference")
     recipe = f"streaming_llm(sinks={SINKS}, recent={RECENT}) | {fmt}"
     got = MODES[mode](ours, lambda: CompressedCache(ours, recipe))
-    exact = MODES[mode](ours, lambda: CompressedCache(ours, recipe.replace("int4", "dense")))
+    exact = MODES[mode](ours, lambda: CompressedCache(ours, recipe.replace("int4", "dense(unpaged=0)")))
 
     rope = rope_of(theirs, 0)
     module = sys.modules[type(attention_modules(theirs)[0]).__module__]

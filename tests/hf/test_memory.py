@@ -58,7 +58,7 @@ def test_chunked_prefill_of_32k_tokens(recipe, long_model, monkeypatch):
     assert cache.get_seq_length() == 32 * 1024
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4", "int4_channel"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4", "int4_channel"])
 def test_freed_memory_is_free(fmt):
     """Evict 90 %: what is left is the ideal plus the slack that the design names."""
     model = build("llama")
@@ -165,7 +165,7 @@ def test_a_budget_in_bytes_counts_sliding_layers(family):
         CompressedCache(model, "h2o", floor - 1)
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 def test_a_share_is_kept_in_a_batch_of_unequal_rows(fmt):
     """A share of what a dense cache holds for the batch; it holds padding too, and so the room that
     short rows reserve for the longest one is within it."""
@@ -203,3 +203,39 @@ def test_the_ceiling_counts_the_scales_of_scattered_tiles(long_model):
     pool = cache.layers[0].store.pool
     sets = sum(slab.n_sets["scales"] for slab in pool.slabs)
     assert sets > 1.3 * int(pool.pages.sum())
+
+
+@pytest.mark.parametrize(
+    "recipe", ["h2o", "streaming_llm | lazy(every=8)", "snapkv(window=8) | ada"]
+)
+@pytest.mark.parametrize("budget", ["30tok", "64KiB", "300KiB", "12%", "30%"])
+def test_a_small_budget_is_used_up_without_pages(recipe, budget):
+    """Below 512 entries a dense cache is one piece, of which at most a granule of 16 slots stays free."""
+    model, ids = build("llama"), tokens(700)
+    cache = CompressedCache(model, recipe, budget)
+    for at in [slice(0, 600), *(slice(i, i + 1) for i in range(600, 640))]:
+        model(ids[:, at], past_key_values=cache)
+        assert cache.nbytes <= cache.ceiling()
+    stats, plan = cache.stats(), cache.layers[0].store.plan
+    assert stats.by_part["pages"] == 0
+    limit = {"64KiB": 64 << 10, "300KiB": 300 << 10, "12%": 0.12, "30%": 0.3}.get(budget)
+    if limit is not None:
+        limit *= 640 * 3 * 2 * plan.cost.dense_slot if limit < 1 else 1
+        spare = (
+            3 * 2 * (16 + 8) * plan.cost.exact_slot
+        )  # a granule, and what the schedule lets wait
+        assert limit - spare < cache.nbytes <= limit
+    else:
+        assert 28 <= stats.stored_max <= 60
+
+
+@pytest.mark.parametrize("recipe", ["h2o", "snapkv(window=8) | ada"])
+def test_a_share_that_outgrows_one_piece_goes_on_in_pages(recipe):
+    model, ids = build("llama"), tokens(3000)
+    cache = CompressedCache(model, recipe, "60%")
+    pages = []
+    for at in [*ids.split(300, 1), *tokens(70, seed=2).split(1, 1)]:
+        model(at, past_key_values=cache)
+        assert cache.nbytes <= cache.ceiling()
+        pages.append(cache.stats().by_part["pages"])
+    assert pages[0] == 0 < pages[-1]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.block import Block
-from kvloom.core.merge import Group, Losers, Merged
+from kvloom.core.merge import Group, Losers, Memory, Merged
 
 
 @dataclass
@@ -41,9 +41,12 @@ class Folded:
 
     batches: list[Batch] = field(default_factory=list)
     latest: Centroids | None = None
+    replayed: tuple[Block, Memory] | None = (
+        None  # what `replay` made of batches that are no longer held
+    )
 
     def copy(self) -> Folded:
-        return Folded(list(self.batches), self.latest)
+        return Folded(list(self.batches), self.latest, self.replayed)
 
     def take(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.batches.append((keys, values, positions))
@@ -53,9 +56,12 @@ class Folded:
         """`keys` and `values` only give the widths."""
         if self.latest is None:
             empty = _empty(merger.centroids, keys.shape[-1], values.shape[-1])
-            oracle = ORACLES.get(merger.name, replay)
             gave = [batch for batch in self.batches if len(batch[2])]
-            self.latest = oracle(merger, gave, empty) if gave else empty
+            if merger.name in ORACLES:
+                self.latest = ORACLES[merger.name](merger, gave, empty) if gave else empty
+            else:  # one compression after the other, and none twice
+                self.replayed = replay(merger, gave, self.replayed or _start(merger, empty))
+                self.batches, self.latest = [], _as_attended(merger, self.replayed[0])
         return self.latest
 
 
@@ -73,17 +79,25 @@ def mean_centroid(merger: Any, batches: list[Batch], empty: Centroids) -> Centro
     return Centroids(means[0], means[1], mass, means[2], mass)
 
 
-def replay(merger: Any, batches: list[Batch], empty: Centroids) -> Centroids:
-    """The merger's own `fold`, one compression after the other."""
+def _start(merger: Any, empty: Centroids) -> tuple[Block, Memory]:
     meta = {"mass": empty.mass[None, None], "positions": empty.positions[None, None]}
     none = torch.zeros(1, 1, dtype=torch.int64)
     block = Block(empty.keys[None, None], empty.values[None, None], none, meta)
-    memory = merger.memory(1, 1)
+    return block, merger.memory(1, 1)
+
+
+def replay(merger: Any, batches: list[Batch], before: tuple[Block, Memory]) -> tuple[Block, Memory]:
+    """The merger's own `ingest`, one compression after the other."""
+    block, memory = before
     for keys, values, positions in batches:
         valid = torch.ones(1, 1, len(positions), dtype=torch.bool)
         mass = torch.zeros(1, 1, len(positions))
         losers = Losers(keys[None, None], values[None, None], mass, positions[None, None], valid)
         block, memory = merger.ingest(losers, block, memory)
+    return block, memory
+
+
+def _as_attended(merger: Any, block: Block) -> Centroids:
     used = block.valid(block.keys.shape[2])[0, 0]
     mass = block.meta["mass"][0, 0].masked_fill(~used, float("-inf"))
     bias = merger.bias(block)[0, 0].masked_fill(~used, float("-inf"))

@@ -345,9 +345,9 @@ class ShadowLayer(CacheLayerMixin):
             if self.cache.budget.kind == "bytes":  # other rows may be as wide as any can become
                 peak = self.cache.recipe.schedule.peak(torch.tensor([capacity]))
                 widest = int(self.cache.recipe.allocator.largest(peak))
-            if self.plan.cost.nbytes(peaks, widest=widest) <= self.plan.ceiling(
-                torch.tensor([capacity])
-            ):
+            caps = torch.tensor([capacity])
+            paged = not bool(self.plan.unpaged_cells(caps).all())
+            if self.plan.cost.nbytes(peaks, widest=widest, paged=paged) <= self.plan.ceiling(caps):
                 return split[0].tolist()
             total -= max(1, total // 32)
 

@@ -97,7 +97,7 @@ def test_heads_keep_what_they_win(recipe, lengths):
 
 # A head that shrinks below a page keeps the page until it is compacted; the bound of pooled heads
 # does not count that page, so budgets of about a page per head are exceeded.
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense", "dense(unpaged=0)", "int4"])
 @pytest.mark.parametrize("lazy", ["lazy", "lazy(every=16, slack=24)"])
 @pytest.mark.parametrize("budget", ["150tok", "60%", 1.2])
 def test_bytes_of_unequal_heads_stay_below_the_ceiling(budget, lazy, fmt):

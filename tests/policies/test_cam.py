@@ -153,7 +153,7 @@ def test_scores_that_are_attention_are_served(scorer):
     assert cache.recipe.scorer.scores_attention
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 @pytest.mark.parametrize("scorer", ["h2o", "snapkv(window=16)"])
 def test_in_caches(monkeypatch, scorer, fmt):
     recipe = f"{scorer} | cam(spread=8) | {fmt}"

@@ -114,7 +114,7 @@ def test_the_threshold_moves_and_beams_carry_it():
         assert torch.equal(layer.store.merger_memory["threshold"], before[[1, 0]])
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 @pytest.mark.parametrize("scorer", ["h2o", "snapkv(window=16)", "knorm"])
 def test_in_caches(monkeypatch, scorer, fmt):
     cache = check_in_caches(monkeypatch, D2O, f"{scorer} | d2o | {fmt}", oracle())

@@ -116,7 +116,7 @@ def test_ratios_of_scores_that_are_no_attention_are_refused():
     CompressedCache(model, "knorm | mass_fold(weight='count')", "50tok")
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 @pytest.mark.parametrize("scorer", ["h2o", "snapkv(window=16)", "knorm"])
 def test_in_caches(monkeypatch, scorer, fmt):
     recipe = f"{scorer} | mass_fold(weight='count') | {fmt}"

@@ -249,7 +249,7 @@ def test_identical_members_give_full_attention(same):
     assert (other - exact).abs().max() > 100 * (2 * naive + slack)
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4", "int4_channel"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4", "int4_channel"])
 @pytest.mark.parametrize("lengths", [None, [230, 90]])
 def test_masses_and_entries_are_all_the_tokens(fmt, lengths):
     """Nothing is lost and nothing is counted twice, through pages, chunks and padding."""

@@ -33,7 +33,7 @@ def test_one_layer_gets_everything():
     assert Pyramid().shares(1, 3).tolist() == [[1.0, 1.0, 1.0]]
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 @pytest.mark.parametrize(
     ("beta", "want"), [(20, [117, 60, 3]), (3, [100, 60, 20]), (1, [60, 60, 60])]
 )

@@ -13,7 +13,7 @@ def arrival(layer, heads, h):
 
 
 @pytest.mark.parametrize("lengths", [None, [110, 31, 80]])
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 @pytest.mark.parametrize(
     ("recipe", "budget", "size"), [("recent", 70, None), ("recent(window=33)", None, 33)]
 )

@@ -132,7 +132,7 @@ def test_heads_without_losses_stay_to_the_bit():
     assert torch.equal(made.folded[1:], group.lost[1:])
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 @pytest.mark.parametrize("scorer", ["h2o", "snapkv(window=16)", "knorm"])
 def test_in_caches(monkeypatch, scorer, fmt):
     recipe = f"{scorer} | refit(queries=8, ridge=0.01) | {fmt}"

@@ -36,7 +36,7 @@ def test_keeps_sinks_and_the_newest(positions, sinks, recent, budget, lengths):
                 assert kept[row] == [kept_by_definition(seen, sinks, window)] * 2
 
 
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 def test_sealed_entries_leave_in_order(fmt):
     """Across pages: 150 entries kept of 400, far more than a tail holds."""
     model = build("llama")

@@ -35,7 +35,7 @@ def test_a_split_does_not_depend_on_the_unit():
 
 
 @pytest.mark.parametrize("scorer", ["h2o", "streaming_llm(sinks=2, positions='original')"])
-@pytest.mark.parametrize("fmt", ["dense", "int4"])
+@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4"])
 def test_every_head_keeps_its_own_share(scorer, fmt):
     model = build("llama")
     recipe = f"{scorer} | weighted(layers=(3.0, 1.0), heads=(1.0, 2.0)) | {fmt}"

@@ -87,6 +87,7 @@ class CellCost:
         dense_slot: bytes of a token in a 16-bit dense cache.
         shrinks: whether a cell may come to hold less than it once sealed, as where heads pool their
             budget: then even a few entries may occupy a page.
+        unpaged: up to how many entries, sinks aside, a cell needs no pages (`LayerPlan.unpaged_cells`).
     """
 
     sinks: int
@@ -99,6 +100,7 @@ class CellCost:
     overhead: int
     dense_slot: int
     shrinks: bool = False
+    unpaged: int = 0
 
     # Dead slots beyond the page that they share with live ones: compaction waits until half a page
     # per cell can be saved on average (`LayerStore.reclaim`).
@@ -106,28 +108,46 @@ class CellCost:
     # Metadata of pages that cells of unequal length leave unused before compaction sets in.
     IDLE_META_PAGES: ClassVar[int] = 2
 
-    def nbytes(self, peaks: Tensor, largest: int | None = None, widest: int = 0) -> int:
+    def nbytes(
+        self, peaks: Tensor, largest: int | None = None, widest: int = 0, paged: bool = False
+    ) -> int:
         """Upper bound of a layer's bytes when its cells hold at most `peaks` (sinks included).
 
-        If the cells share the sum of `peaks` among them, `largest` is the most that one may hold.
-        `widest` is that of cells which share the layer's rectangular metadata with these.
+        If the cells share the sum of `peaks` among them, `largest` is the most that one may hold, and
+        `paged` says that they have pages even if they are few enough to need none. `widest` is the
+        most of cells which share the layer's rectangular metadata with these.
         The tail fills while the pages wait and the other way round, so the worst split counts.
         """
         free = [max(0, n - self.sinks) for n in peaks.flatten().tolist()]
         reserved = (
             self.sinks * self.exact_slot + self.centroids * self.centroid_slot + self.overhead
         )
+        if self.shrinks and not paged and self._few(peaks):
+            return int(len(free) * reserved + sum(self._exact_nbytes(n) for n in free))
         if largest is not None:
             shared = self._shared_nbytes(sum(free), largest - self.sinks, len(free))
             return int(len(free) * reserved + shared)
         cells = {n: self._cell_nbytes(n) for n in set(free)}
-        most = max((self._pages(n) for n in (*cells, widest)), default=0.0)
+        most = max((self._pages(n) for n in (*cells, widest) if self._paged(n)), default=0.0)
         wide = most + self.IDLE_META_PAGES if most else 0.0
         total = sum(cells[n] for n in free) + len(free) * (reserved + wide * self.page_meta)
         return int(total)
 
+    def _few(self, peaks: Tensor) -> bool:
+        """Whether the cells of each row (the last axis) together need no pages."""
+        rows = (peaks - self.sinks).reshape(-1, peaks.shape[-1])
+        return bool((rows.sum(1) // rows.shape[1] <= self.unpaged).all())
+
+    def _paged(self, n: int) -> bool:
+        return self.shrinks or n > self.unpaged
+
+    def _exact_nbytes(self, n: int) -> int:
+        return -(-n // GRANULE) * GRANULE * self.exact_slot
+
     def _cell_nbytes(self, n: int) -> int:
         """Tail and pages of a cell of `n` entries, where they split worst."""
+        if not self._paged(n):
+            return self._exact_nbytes(n)
         full = PAGE + self.residual
         # the least that makes a tail reserve its granule leaves the most for pages
         tails = [0, *(t for t in range(1, full + 1, GRANULE) if t <= n)]
@@ -136,7 +156,7 @@ class CellCost:
 
     def _split_nbytes(self, n: int, tail: int) -> float:
         if n < PAGE + self.residual and not self.shrinks:  # never sealed
-            return -(-n // GRANULE) * GRANULE * self.exact_slot
+            return self._exact_nbytes(n)
         slots = -(-tail // GRANULE) * GRANULE
         return slots * self.exact_slot + self._pages(n - tail) * self.page
 

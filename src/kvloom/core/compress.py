@@ -149,6 +149,7 @@ def _split(
     plan, live = store.plan, entries.valid.sum(-1).cpu()
     assert plan.recipe.allocator is not None
     allowed = [plan.ceiling(row[None]) for row in capacity]
+    unpaged = plan.unpaged_cells(capacity)[:, 0].tolist()
     # a share is for each row as if it were alone; a fixed number of bytes is for the batch, whose
     # rectangular metadata may be as wide as any row can make it
     most = plan.recipe.allocator.largest(plan.recipe.schedule.peak(capacity))
@@ -159,7 +160,10 @@ def _split(
         if plan.counts_entries:
             return split
         peaks = plan.recipe.schedule.peak(split + pinned)
-        costs = [plan.cost.nbytes(row, widest=widest) for row in peaks]
+        costs = [
+            plan.cost.nbytes(row, widest=widest, paged=not whole)
+            for row, whole in zip(peaks, unpaged, strict=True)
+        ]
         over = due & torch.tensor([c > a for c, a in zip(costs, allowed, strict=True)])
         if not bool(over.any()):
             return split

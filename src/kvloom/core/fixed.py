@@ -61,7 +61,9 @@ class FixedLayer:
         self.softcap: float | None = None
         self.host = paged.Paged()
         self.pages: Pages | None = None
-        most = max(store.tail.longest, store.plan.format.residual + triton_backend.PAGE)
+        most = max(
+            store.tail.longest, store.plan.format.residual + triton_backend.PAGE, store.plan.unpaged
+        )
         self._allocate(most + steps)
         self.refresh()
         self.number = id(self)

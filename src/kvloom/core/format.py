@@ -236,6 +236,13 @@ class PageFormat(Policy):
         return 0
 
     @property
+    def unpaged(self) -> int:
+        """Up to how many entries per head stay in the exact tail for good, where entries may leave; only
+        asked if `in_place`.
+        """
+        return 0
+
+    @property
     def pinned(self) -> int:
         """How many first valid tokens of a row stay exact for good."""
         return 0

@@ -118,6 +118,21 @@ class LayerPlan:
         return self.format.in_place and not self.evicts and not self.meta
 
     @cached_property
+    def unpaged(self) -> int:
+        """Up to how many entries, sinks aside, a head holds without pages."""
+        return self.format.unpaged if self.format.in_place and self.bounded else 0
+
+    def unpaged_cells(self, capacity: Tensor) -> Tensor:
+        """Which cells of `capacity [B, H]` never need a page: host bool `[B, H]`.
+
+        Heads that share their budget are judged together, since any of them may hold most of it.
+        """
+        free = self.recipe.schedule.peak(capacity) - self.sinks
+        if self.pools:
+            free = free.sum(1, keepdim=True).expand_as(free) // self.heads
+        return free <= self.unpaged
+
+    @cached_property
     def drops_oldest(self) -> bool:
         """Whether an eviction only moves the start of each head's entries."""
         scorer, plain = self.recipe.scorer, not isinstance(self.merger, SurvivorMerger)
@@ -243,6 +258,7 @@ class LayerPlan:
             + math.ceil(self.format_nbytes),
             dense_slot=width * DENSE_BYTES,
             shrinks=self.pools,
+            unpaged=self.unpaged,
         )
 
     @cached_property

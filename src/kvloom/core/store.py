@@ -55,6 +55,9 @@ class LayerStore:
         self.counters = Counters()
         self.native = Native()
         self._capacity: Tensor | None = None
+        self._unpaged = none.bool()  # cells that need no pages, for the capacity `_unpaged_for`
+        self._unpaged_for: Tensor | None = None
+        self._room = 0  # of a tail that is all there is, at its longest
         self._capacity_at = self.seen
 
     def _no_centroids(self) -> Block:
@@ -80,7 +83,8 @@ class LayerStore:
         """Every tensor that the layer holds, by what it is for."""
         codes, books = self.pool.parts()
         counters = [self.seen, self.since, self._one_each, self._one_slot, self.next_position]
-        counters += [self._capacity_at] + ([] if self._capacity is None else [self._capacity])
+        counters += [self._unpaged, self._capacity_at]
+        counters += [] if self._capacity is None else [self._capacity]
         before = [] if self.sealing is None else self.sealing.tail.tensors()
         return {
             "pages": codes,
@@ -295,15 +299,31 @@ class LayerStore:
         if capacity is not None:
             pending = compress_if_due(self, pending, forward, capacity)
             limit = self._page_limit(capacity)
-        if pending.longest >= PAGE + self.plan.format.residual:
-            pages = (pending.count - self.plan.format.residual).clamp_min(0) // PAGE
+        pages = self._full_pages(pending, capacity)
+        if pages is not None:
             try:
                 self._seal(pending, pages, limit, forward)
             except Exception:  # a format failed: everything stays exact
                 self.tail = pending.owned(pending.longest)
                 raise
         elif pending is not self.tail:
-            self._keep(pending, pending.longest)
+            self._keep(pending, min(pending.longest + 1, max(pending.longest, self._room)))
+
+    def _full_pages(self, exact: Block, capacity: Tensor | None) -> Tensor | None:
+        """How many pages of each cell can be sealed, host `[B, H]`; None if that is none."""
+        if exact.longest < PAGE + self.plan.format.residual:
+            return None
+        pages = (exact.count - self.plan.format.residual).clamp_min(0) // PAGE
+        if not self.plan.unpaged or capacity is None:
+            return pages
+        if self._unpaged_for is not capacity:
+            self._unpaged, self._unpaged_for = self.plan.unpaged_cells(capacity), capacity
+            peak = self.plan.recipe.schedule.peak(capacity)
+            self._room = int(peak.max()) - self.plan.sinks if bool(self._unpaged.all()) else 0
+        if self._room:
+            return None
+        pages = pages.masked_fill(self._unpaged, 0)
+        return pages if bool((pages > 0).any()) else None
 
     def _keep(self, exact: Block, capacity: int) -> None:
         """Make `exact` the tail: in the page that it will become, or in storage of its own."""
@@ -385,7 +405,7 @@ class LayerStore:
         shared_out = self.plan.budget is not None and self.plan.budget.kind == "bytes"
         stale = self._capacity is None or (shared_out and self._capacity.shape[0] != len(host))
         self._capacity = None if stale or self._capacity is None else self._capacity[host]
-        self._capacity_at = self._capacity_at[host]
+        self._capacity_at, self._unpaged_for = self._capacity_at[host], None
         self.pool.rows(index)
 
     def settled(self) -> None:

@@ -18,11 +18,16 @@ class Dense(PageFormat):
     Attributes:
         rope: `"post"` stores keys as attention uses them, `"pre"` before rotation (they are
             rotated when they are read), which costs one rounding to the model's dtype.
+        unpaged: where entries may leave, heads that never hold more than this (sinks aside) are kept
+            in one piece instead of in pages: copying them at each compression costs little, no page
+            is half empty, and a small budget is used to the last 16 entries. 0: always pages.
     """
 
     rope: str = "post"
+    unpaged: int = 512
 
     def __post_init__(self) -> None:
+        check(self, type(self.unpaged) is int and self.unpaged >= 0, "unpaged must be an int >= 0")
         check(self, self.rope in ("post", "pre"), "rope is 'post' or 'pre'")
 
     @property
