@@ -21,6 +21,7 @@ OPTIONS = {
     "metric": "one or several, a panel each; default: kl, decode_perplexity, score, as far as measured",
 }
 DEFAULT = ("kl", "decode_perplexity", "score")
+DWARFS = 20  # times the median difference
 BETTER, WORSE, EVEN = "#009E73", "#D55E00", "#7F7F7F"
 
 
@@ -143,11 +144,18 @@ def _draw(axes: Axes, bars: Sequence[Bar], labels: Sequence[str], name: str) -> 
     axes.axvline(0, color="black", lw=0.9, zorder=4)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
+    _scale(axes, [abs(b.gain.mean) for b in bars if b.gain.mean])
     style.metric_axis(axes, "x", name)
     axes.set_xlabel(f"difference in {style.caption(METRICS[name])}", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.margins(x=0.08)
     axes.grid(True, axis="x", **style.GRID)
+
+
+def _scale(axes: Axes, sizes: Sequence[float]) -> None:
+    """Logarithmic on both sides of zero where one difference would hide the others."""
+    if sizes and max(sizes) > DWARFS * sorted(sizes)[len(sizes) // 2]:
+        axes.set_xscale("symlog", linthresh=sorted(sizes)[len(sizes) // 2])
 
 
 def _colour(gain: Summary, name: str) -> str:
