@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvloom.kernels.layout import tile_nbytes
-from kvloom.kernels.triton import append, attention, compact, decode, quantize
+from kvloom.kernels.triton import append, attention, centroids, compact, decode, quantize
 from kvloom.kernels.triton.spec import Home, Rope, Spec
 
 W = 128
@@ -56,6 +56,10 @@ def kernels(name):
             constants["frequencies"] = None
         yield attention.attend_pages, types | {"frequencies": "*fp32"}, constants, 4 if plain else 8
         yield decode.decode_pages, types | {"keys": "*bf16", "values": "*bf16"}, shared, 8
+        mass = {"norm": "*fp32", "received": "*fp32", "frequencies": "*fp32"}
+        del constants["V"]
+        constants["PARTS"] = 1
+        yield attention.mass_of_pages, types | mass, constants, 4 if plain else 8
     elif name == "exact":
         types = {
             "tail": RUN,
@@ -77,7 +81,7 @@ def kernels(name):
         runs = {("tail", 3): None, ("sinks", 3): None}
         yield attention.attend_exact, types, constants | runs, 4
         types = {n: "*fp32" for n in ("outs", "lses", "out", "lse")}
-        yield attention.combine, types, {"WIDTH": W, "BLOCK": W}, 4
+        yield attention.combine, types, {"WIDTH": W, "BLOCK": W, "RUNS": 32}, 4
         types = {n: "*bf16" for n in ("key", "value", "keys", "values")} | {"count": "*i32"}
         yield append.append_token, types, {"D": W, "E": W, "BLOCK": W}, 4
     elif name == "encode":
@@ -85,9 +89,17 @@ def kernels(name):
                  "signs": "*i8", "heads_of": "*i32", "matrix": "*fp32"}  # fmt: skip
         grid = packed(bits=3, per_token=False, group=64, zero=Home("tile", 0))
         yield quantize.encode_pages, types, {"S": grid, "KEYS": True, "BLOCK": W}, 8
+        wide = Spec("uniform", 256, 256, bits=4, words=1024, group=256, zero=Home("tile", 0))
+        yield quantize.encode_pages, types, {"S": wide, "KEYS": True, "BLOCK": 256}, 8
         plain = {"signs": None, "heads_of": None, "matrix": None}
         grid = packed(bits=4, group=W)
         yield quantize.encode_pages, types, {**plain, "S": grid, "KEYS": False, "BLOCK": W}, 8
+    elif name == "centroids":
+        types = {n: "*fp32" for n in ("slots", "rows", "mass", "out")}
+        types |= {"at": "*i64", "log_ema": "fp32"}
+        for ema in (False, True):
+            constants = {"COLUMNS": 2 * W + 1, "EMA": ema, "BLOCK": W, "TOKENS": 16}
+            yield centroids.join_centroids, types, constants, 4
     else:
         types = {"table": "*i64", "slabs": "*i32", "slots": "*i32", "out": "*i32"}
         spec = packed(bits=3)

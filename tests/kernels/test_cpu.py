@@ -107,13 +107,14 @@ def test_half_precision_entries_are_read_exactly(recipe, dtype):
     assert_close(stores.native(store, call), stores.exact(store, call))
 
 
-@pytest.mark.parametrize("recipe", ["none", "int4", "int4(keys='channel')", "kvquant"])
+@pytest.mark.parametrize(
+    "recipe", ["dense(unpaged=0)", "int4", "int4(keys='channel')", "kvquant"]
+)
 @pytest.mark.parametrize(
     "evict", ["random", "knorm | ada", "streaming_llm(sinks=3) | lazy(every=50)"]
 )
 def test_dead_slots_ragged_heads_and_scattered_positions(recipe, evict):
-    chain = evict if recipe == "none" else f"{evict} | {recipe}"
-    store = stores.filled(chain, B=2, H=3, n=700, budget="300tok")
+    store = stores.filled(f"{evict} | {recipe}", B=2, H=3, n=700, budget="300tok")
     assert store.pool.slabs
     call = stores.call_of(store)
     assert_close(stores.native(store, call), stores.exact(store, call))
@@ -144,7 +145,7 @@ def test_nothing_to_see_is_minus_infinity():
 
 
 @pytest.mark.parametrize(
-    "recipe", ["h2o", "h2o | int4", "h2o | lazy(every=16) | int4(hadamard='both')"]
+    "recipe", ["h2o", "h2o | dense(unpaged=0)", "h2o | int4", "h2o | lazy(every=16) | int4(hadamard='both')"]
 )
 def test_attention_received_without_reading_keys_again(environment, recipe):
     store = stores.filled(recipe, B=2, n=500, budget="400tok")
@@ -259,7 +260,7 @@ def test_without_the_module_one_warning_and_torch():
 @pytest.mark.parametrize("recipe", [*UNIFORM, *OTHERS])
 @pytest.mark.parametrize("evict", ["", "knorm | ada | "])
 def test_long_queries_read_a_decoded_workspace(recipe, evict):
-    text = evict.removesuffix(" | ") if recipe == "none" and evict else evict + recipe
+    text = evict + ("dense(unpaged=0)" if recipe == "none" and evict else recipe)
     store = stores.filled(text, B=2, n=400, budget="300tok" if evict else None)
     call = stores.call_of(store, Q=40)
     assert why_not(store, call)
@@ -348,7 +349,7 @@ def test_masses_of_rejected_drafts_are_left_out(environment):
     masses = []
     for backend in ("torch", "cpu"):
         environment("KVLOOM_BACKEND", backend)
-        store = stores.filled("h2o", B=2, n=300, budget="280tok")
+        store = stores.filled("h2o | dense(unpaged=0)", B=2, n=300, budget="280tok")
         call = stores.call_of(store, Q=5)
         keys, values = stores.entries(2, 2, 5, 64, seed=3)
         positions = torch.arange(300, 305).expand(2, -1)
@@ -360,7 +361,7 @@ def test_masses_of_rejected_drafts_are_left_out(environment):
 
 
 def test_logits_of_a_forward_that_was_given_up_are_forgotten():
-    store = stores.filled("h2o", n=300, budget="280tok")
+    store = stores.filled("h2o | dense(unpaged=0)", n=300, budget="280tok")
     partials(store, stores.call_of(store, Q=3), None)
     assert store.native.raw is not None
     partials(store, stores.call_of(store, Q=40), None)

@@ -42,7 +42,9 @@ class Life:
         )
         self.D = rng.choice((16, 32, 64, 80))
         scorer, fmt = rng.choice(SCORERS), rng.choice([*UNIFORM, *OTHERS])
-        self.recipe = " | ".join(x for x in (scorer, "" if fmt == "none" else fmt) if x) or "none"
+        if fmt == "none":  # a few hundred entries without pages, and with
+            fmt = rng.choice(("", "dense(unpaged=0)"))
+        self.recipe = " | ".join(x for x in (scorer, fmt) if x) or "none"
         self.budget = f"{rng.randint(140, 300)}tok" if scorer else None
         self.seen = 0
         self.store = self._store()

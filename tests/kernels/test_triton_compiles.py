@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("compile_triton.py")
 def test_kernels_compile_and_fit(tmp_path, capability):
     """Shared memory of a block: 163 KiB on an A100, 227 KiB on an H100 or H200."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    names = ["dense", "int4", "int3_channel", "planes", "exact", "encode", "compact"]
+    names = ["dense", "int4", "int3_channel", "planes", "exact", "encode", "compact", "centroids"]
     if capability == 80:
         names += ["int8", "fp8", "levels", "pre_rope"]
     ran = subprocess.run(

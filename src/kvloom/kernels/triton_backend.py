@@ -292,7 +292,7 @@ class Launch:
         kernels("attention").mass_of_pages[(self.cells, len(pages.splits))](
             query, pages.table, pages.cells, pages.splits, pages.frequencies, norm, received,
             self.M, self.cells, received.shape[1], self.heads, self.scale, self.softcap or 1.0,
-            **self._options(pages),
+            PARTS=-(-self.M // self.block), **self._options(pages),
         )  # fmt: skip
 
     def exact(self, tail: Exact, sinks: Exact | None, first_run: int) -> None:

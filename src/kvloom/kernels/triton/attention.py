@@ -277,12 +277,12 @@ def combine(
 @triton.jit(do_not_specialize=["M_ROWS", "cells_n", "slots_n"])
 def mass_of_pages(
     query, table, cells, splits, frequencies, norm, received, M_ROWS, cells_n, slots_n, heads, scale,
-    softcap, K: tl.constexpr, R: tl.constexpr, M: tl.constexpr, PAGES: tl.constexpr,
+    softcap, K: tl.constexpr, R: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, PAGES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Attention that slots of pages receive, `received [cells, slots_n]`, which is 0 before: summed over
-    the queries, whose normalisers over all tiers are `norm [cells, M_ROWS]` (+inf: it does not vote).
-    Program: (cell, run) as in `attend_pages`.
+    the queries, `PARTS` blocks of M, whose normalisers over all tiers are `norm [cells, M_ROWS]` (+inf: it
+    does not vote). Program: (cell, run) as in `attend_pages`.
     """
     N: tl.constexpr = PAGES * PAGE
     T: tl.constexpr = PAGES * (PAGE // TILE)
@@ -292,15 +292,18 @@ def mass_of_pages(
     first, used, skip = tl.load(mine + FIRST), tl.load(mine + USED), tl.load(mine + SKIP)
     stop = tl.minimum(tl.load(split + 2), used)
     mass = received + cell.to(tl.int64) * slots_n + tl.load(split + 3)
+    rows = tl.arange(0, M)
+    q = load_queries(query, (cell * M_ROWS + rows) * K.width, rows < M_ROWS, K, DTYPE)
     for page in range(tl.maximum(tl.load(split + 1), skip // PAGE), stop, PAGES):
         tile0, slot0 = (first + page) * (PAGE // TILE), page * PAGE
         tiles = (stop - page) * (PAGE // TILE)
         total = tl.full((N,), 0.0, tl.float32)
-        for start in range(0, M_ROWS, M):
-            rows = start + tl.arange(0, M)
+        for part in tl.static_range(PARTS):
+            rows = part * M + tl.arange(0, M)
             exists = rows < M_ROWS
             at = (cell * M_ROWS + rows) * K.width
-            q = load_queries(query, at, exists, K, DTYPE)
+            if PARTS > 1:
+                q = load_queries(query, at, exists, K, DTYPE)
             s = page_logits(
                 q, query, at, exists, row, head, cell, frequencies, tile0, slot0, tiles,
                 K, R, M, T, DTYPE, PRECISION,
