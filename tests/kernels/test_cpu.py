@@ -107,9 +107,7 @@ def test_half_precision_entries_are_read_exactly(recipe, dtype):
     assert_close(stores.native(store, call), stores.exact(store, call))
 
 
-@pytest.mark.parametrize(
-    "recipe", ["dense(unpaged=0)", "int4", "int4(keys='channel')", "kvquant"]
-)
+@pytest.mark.parametrize("recipe", ["dense(unpaged=0)", "int4", "int4(keys='channel')", "kvquant"])
 @pytest.mark.parametrize(
     "evict", ["random", "knorm | ada", "streaming_llm(sinks=3) | lazy(every=50)"]
 )
@@ -145,7 +143,8 @@ def test_nothing_to_see_is_minus_infinity():
 
 
 @pytest.mark.parametrize(
-    "recipe", ["h2o", "h2o | dense(unpaged=0)", "h2o | int4", "h2o | lazy(every=16) | int4(hadamard='both')"]
+    "recipe",
+    ["h2o", "h2o | dense(unpaged=0)", "h2o | int4", "h2o | lazy(every=16) | int4(hadamard='both')"],
 )
 def test_attention_received_without_reading_keys_again(environment, recipe):
     store = stores.filled(recipe, B=2, n=500, budget="400tok")
