@@ -31,6 +31,7 @@ def test_the_commands_of_the_page_are_those_that_were_run(script: ModuleType) ->
         assert f'--recipe "{recipe}"' in shown and "--layer 3" in shown
 
 
+@pytest.mark.full
 def test_its_figures_are_drawn_from_its_rows(script: ModuleType, tmp_path: Path) -> None:
     script.draw(tmp_path)
     drawn = sorted(p.name for p in tmp_path.iterdir())

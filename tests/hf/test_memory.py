@@ -32,7 +32,12 @@ def long_model():
 
 
 @pytest.mark.parametrize(
-    "recipe", ["h2o | int4", "streaming_llm", "h2o | mean_centroid | int4_channel"]
+    "recipe",
+    [
+        "h2o | int4",
+        pytest.param("streaming_llm", marks=pytest.mark.full),
+        pytest.param("h2o | mean_centroid | int4_channel", marks=pytest.mark.full),
+    ],
 )
 def test_chunked_prefill_of_32k_tokens(recipe, long_model, monkeypatch):
     """Measured from storages before and after every commit of every layer."""

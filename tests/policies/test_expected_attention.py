@@ -74,8 +74,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("lengths", [None, [110, 31, 80]])
-@pytest.mark.parametrize(("given", "window"), CASES)
+PADDED = [110, 31, 80]
+
+
+@pytest.mark.parametrize(
+    ("given", "window", "lengths"),
+    [*((*case, None) for case in CASES), (*CASES[0], PADDED)]
+    + [pytest.param(*case, PADDED, marks=pytest.mark.full) for case in CASES[1:]],
+)
 def test_keeps_what_the_paper_keeps(given, window, lengths):
     given = {"n_future": 64, **given}
     text = ", ".join(f"{k}={v!r}" for k, v in given.items())
