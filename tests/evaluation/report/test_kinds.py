@@ -407,6 +407,42 @@ def test_a_sweep_needs_a_parameter_that_is_there() -> None:
 # -- all kinds -----------------------------------------------------------------------------------
 
 
+def test_noise_is_not_blown_up() -> None:
+    """Bars that differ by hundredths of a per cent, or bytes by a thousandth, look alike."""
+    held = [
+        made.document(
+            f"streaming_llm(recent=60) | lazy(every={every})", None, 0.05 + every * 1e-6, 0.2, spec={"grid": "sweep"},
+            bytes={"peak": 1_000_000 + every},
+        )
+        for every in (2, 4, 8)
+    ]  # fmt: skip
+    blocks = make("sweep", None, made.experiment(held), parameter="every", metrics=["change", "peak"])  # fmt: skip
+    change, peak = (axes.get_ylim() for axes in figure(blocks).axes)
+    assert change[1] - change[0] == pytest.approx(0.02)
+    assert peak[1] - peak[0] == pytest.approx(0.05 * 1e6, rel=0.01)
+
+
+def test_a_full_caches_rounding_does_not_stretch_an_axis() -> None:
+    held = [made.document("none", None, 1e-9), made.document("int4", None, 0.02, 0.25)]
+    axes = figure(make("pareto", None, made.experiment(held), y="kl")).axes[0]
+    assert axes.yaxis.get_transform().linthresh == pytest.approx(0.02)  # type: ignore[attr-defined]
+
+
+def test_one_large_difference_does_not_hide_the_others() -> None:
+    harm = {"a": 0.01, "b": 0.011, "c": 0.012, "d": 5.0}
+    held = [made.document("none", None, 0.0), *(made.document(n, None, h) for n, h in harm.items())]
+    axes = figure(make("ablation", None, made.experiment(held), metric="kl")).axes[0]
+    assert axes.get_xscale() == "symlog"
+    axes = figure(make("ablation", None, made.experiment(held[:-1]), metric="kl")).axes[0]
+    assert axes.get_xscale() == "linear"
+
+
+def test_steps_have_the_names_of_other_figures() -> None:
+    held = [made.document("none"), made.document("streaming_llm(recent=60)", spec={"name": "strict"})]  # fmt: skip
+    drawn = figure(make("steps", None, made.experiment(held)))
+    assert [t.get_text() for t in drawn.legends[0].get_texts()] == ["none (full cache)", "strict"]
+
+
 def test_kinds_are_found_by_being_there() -> None:
     folder = Path(kinds.__file__).parent
     files = {p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")}
