@@ -83,7 +83,8 @@ def kernels(name):
         types = {n: "*fp32" for n in ("outs", "lses", "out", "lse")}
         yield attention.combine, types, {"WIDTH": W, "BLOCK": W, "RUNS": 32}, 4
         types = {n: "*bf16" for n in ("key", "value", "keys", "values")} | {"count": "*i32"}
-        yield append.append_token, types, {"D": W, "E": W, "BLOCK": W}, 4
+        for ring in (False, True):
+            yield append.append_token, types, {"D": W, "E": W, "BLOCK": W, "RING": ring}, 4
     elif name == "encode":
         types = {"x": "*bf16", "codes": "*i32", "scale": "*fp16", "zero": "*fp16", "scratch": "*u8",
                  "signs": "*i8", "heads_of": "*i32", "matrix": "*fp32"}  # fmt: skip

@@ -116,9 +116,7 @@ def test_short_queries_and_wide_groups(recipe, Q):
     assert_close(attended(store, call), stores.exact(store, call))
 
 
-@pytest.mark.parametrize(
-    "recipe", ["dense(unpaged=0)", "int4", "int4(keys='channel')", "kvquant"]
-)
+@pytest.mark.parametrize("recipe", ["dense(unpaged=0)", "int4", "int4(keys='channel')", "kvquant"])
 @pytest.mark.parametrize("evict", ["knorm | ada",
                                    "streaming_llm(sinks=3, positions='original') | lazy(every=50)"])  # fmt: skip
 def test_dead_slots_ragged_heads_and_scattered_positions(recipe, evict):

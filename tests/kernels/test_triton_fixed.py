@@ -9,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 pytest.importorskip("triton")
 
 from kvloom import CompressedCache
-from kvloom.core import fixed
+from kvloom.core import fixed, fixed_window
 from kvloom.core.attend import Call
 from kvloom.core.fixed import FixedLayer
+from kvloom.core.fixed_window import FixedWindow
 from kvloom.core.view import entries_of
 from kvloom.hf.fixed import FixedCache
-from kvloom.kernels import ops, triton_backend
+from kvloom.kernels import ops, reference, triton_backend
+from tests import models
 from tests.kernels import stores
 from tests.kernels.test_cpu import assert_close
 from tests.kernels.test_triton import _forced, filled  # noqa: F401
@@ -242,3 +244,47 @@ def test_a_model_decodes_in_fixed_memory(monkeypatch):
         model(ids[:, :2], past_key_values=decoding, position_ids=torch.arange(2).expand(2, -1))
     with pytest.raises(ValueError, match="prefilled"):
         FixedCache(CompressedCache(model, "int8"))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_sliding_windows_softcaps_and_sink_logits_in_fixed_memory(monkeypatch, family):
+    """Windows of 8 tokens, that of gemma2 with a softcap, that of gpt_oss with sink logits."""
+    model, ids = models.build(family), models.tokens(78)
+    monkeypatch.setenv("KVLOOM_BACKEND", "reference")
+    ops.forced_backend.cache_clear()
+    caches = [CompressedCache(model, "int8") for _ in range(2)]
+    for cache in caches:
+        model(ids[:, :70], past_key_values=cache)
+    want = [model(ids[:, i : i + 1], past_key_values=caches[1]).logits for i in range(70, 73)]
+    monkeypatch.setenv("KVLOOM_BACKEND", "triton")
+    ops.forced_backend.cache_clear()
+    decoding = FixedCache(caches[0], steps=4)
+    for i in range(70, 73):
+        place = torch.tensor([[i]])
+        if i == 72:
+            decoding.flush(2)
+            model(ids[:, :1], past_key_values=decoding, position_ids=place)  # a rehearsal
+            decoding.flush(0)
+        got = model(ids[:, i : i + 1], past_key_values=decoding, position_ids=place).logits
+        assert_close([got], [want[i - 70].double()], 1e-4)
+    decoding.flush(1)
+    for mine, other in zip(*(cache.layers for cache in caches), strict=True):
+        if mine.is_sliding:
+            assert mine.cumulative_length == other.cumulative_length == 73
+            assert_close([mine.keys], [other.keys.double()], 1e-4)
+
+
+def test_a_window_is_visible_to_compilers():
+    """More tokens than it has slots; those that left are not seen."""
+    query, key, value = token(1)
+    keys, values = stores.entries(1, 1, 9, 32)
+    window = FixedWindow(keys, values, 6)
+    window.refresh(keys, values, 9)
+    arguments = query, key, value, torch.zeros(1, 2), *window.tensors(), SCALE, CAP
+    torch.library.opcheck(fixed_window.fixed_window_step, arguments)
+    window.refresh(keys, values, 9)
+    got = window.step(Call(query, SCALE, CAP, torch.zeros(1, 2)), key, value)
+    held = [torch.cat([x[:, :, -5:], new], 2) for x, new in ((keys, key), (values, value))]
+    want = reference.partial_attention(query, *held, scale=SCALE, softcap=CAP)
+    assert_close([got], [reference.combine([want], torch.zeros(1, 2))[0].double()], 1e-5)
+    assert window.newest(8, 2)[0].equal(held[0][:, :, -2:])

@@ -402,12 +402,14 @@ def join_centroids(
     return out
 
 
-def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> None:
+def append(
+    key: Tensor, value: Tensor, keys: Tensor, values: Tensor, count: Tensor, ring: bool = False
+) -> None:
     """One token of every cell, `key [cells, D]`, `value [cells, E]`, to slot `count [cells]` (int32, on the
-    device) of `keys`, `values [.., slots, W]`; `count` goes up.
+    device) of `keys`, `values [.., slots, W]`; `count` goes up. In a `ring` the oldest gives way.
     """
     widths = key.shape[-1], value.shape[-1]
     kernels("append").append_token[(len(key),)](
         key, value, keys, values, count, keys.shape[-2], D=widths[0], E=widths[1],
-        BLOCK=1 << (max(widths) - 1).bit_length(),
+        BLOCK=1 << (max(widths) - 1).bit_length(), RING=ring,
     )  # fmt: skip
