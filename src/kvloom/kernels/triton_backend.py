@@ -63,6 +63,19 @@ def kernels(name: str) -> Any:
     return importlib.import_module(f"kvloom.kernels.triton.{name}")
 
 
+def launch(module: str, name: str, grid: tuple[int, ...], device: torch.device) -> Any:
+    """A kernel, to be called with its arguments, on the device of its tensors: Triton takes the current one."""
+    kernel = getattr(kernels(module), name)[grid]
+    if device.type != "cuda":
+        return kernel
+
+    def there(*arguments: Any, **options: Any) -> None:
+        with torch.cuda.device(device):
+            kernel(*arguments, **options)
+
+    return there
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
@@ -279,7 +292,7 @@ class Launch:
 
     def pages(self, query: Tensor, pages: Pages) -> None:
         """Runs 0 .. of `pages.splits`; `query [cells, M, D]`."""
-        kernels("attention").attend_pages[(self.grid, len(pages.splits))](
+        launch("attention", "attend_pages", (self.grid, len(pages.splits)), self.device)(
             query, pages.table, pages.cells, pages.splits, pages.frequencies, self.out, self.lse,
             self.M, self.cells, self.heads, self.scale, self.softcap or 1.0,
             V=pages.value, **self._options(pages),
@@ -289,7 +302,7 @@ class Launch:
         """Attention that pages receive, added up over `query [cells, M, D]`, to `received [cells, slots]`,
         which is 0; `norm [cells, M]`: normalisers over all tiers, +inf where a query does not vote.
         """
-        kernels("attention").mass_of_pages[(self.cells, len(pages.splits))](
+        launch("attention", "mass_of_pages", (self.cells, len(pages.splits)), self.device)(
             query, pages.table, pages.cells, pages.splits, pages.frequencies, norm, received,
             self.M, self.cells, received.shape[1], self.heads, self.scale, self.softcap or 1.0,
             PARTS=-(-self.M // self.block), **self._options(pages),
@@ -302,7 +315,7 @@ class Launch:
         key, value = (spec("dense", w, padded(w)) for w in widths)
         other, stop = (tail, 0) if sinks is None else (sinks, sinks.stop)
         runs = tail.runs + (0 if sinks is None else sinks.runs)
-        kernels("attention").attend_exact[(self.grid, runs)](
+        launch("attention", "attend_exact", (self.grid, runs), self.device)(
             tail.arguments(), other.arguments(), tail.stop, stop, self.out, self.lse, first_run,
             tail.runs, self.M, self.cells, self.heads, self.scale, self.softcap or 1.0,
             K=key, V=value, M=self.block, N=TILE, EACH=EXACT, DTYPE=triton_dtype(self.dtype),
@@ -314,7 +327,7 @@ class Launch:
         outs, lses = self.out[first:stop], self.lse[first:stop]
         out, lse = torch.empty_like(self.out[0]), torch.empty_like(self.lse[0])
         runs = 1 << (outs.shape[0] - 1).bit_length()
-        kernels("attention").combine[(out.shape[0],)](
+        launch("attention", "combine", (out.shape[0],), self.device)(
             outs, lses, out, lse, outs.shape[0], out.shape[0], WIDTH=self.width,
             BLOCK=1 << (self.width - 1).bit_length(), RUNS=max(4, min(32, runs)),
         )  # fmt: skip
@@ -332,7 +345,7 @@ def decode(
         torch.empty(rows, heads, slots, spec.width, dtype=dtype, device=device)
         for spec in (pages.key, pages.value)
     )
-    kernels("decode").decode_pages[(rows * heads, n)](
+    launch("decode", "decode_pages", (rows * heads, n), device)(
         pages.table, pages.cells, keys, values, slab, n, rows * heads, heads,
         K=pages.key, V=pages.value, DTYPE=triton_dtype(dtype), num_warps=8,
     )  # fmt: skip
@@ -361,7 +374,7 @@ def encode(
         "uniform", width, padded(width), bits=bits, words=tile_nbytes(width, bits) // 4,
         per_token=per_token, group=group, zero=described.Home("tile", 0) if len(parameters) == 2 else None,
     )  # fmt: skip
-    kernels("quantize").encode_pages[(len(x),)](
+    launch("quantize", "encode_pages", (len(x),), x.device)(
         x, codes.view(torch.int32), scale, zero, scratch, signs, heads, matrix,
         S=spec, KEYS=keys, BLOCK=max(16, 1 << (width - 1).bit_length()), num_warps=8,
     )  # fmt: skip
@@ -376,7 +389,7 @@ def move_codes(old: list[Tensor], slabs: Tensor, slots: Tensor, out: Tensor, cod
     table = torch.tensor([address(x) for x in old], dtype=torch.int64)
     table = table.to(out.device, non_blocking=True)
     spec = kernels("spec").Spec("uniform", width, padded(width), bits=bits, words=words)
-    kernels("compact").move_codes[(len(slots) // TILE,)](
+    launch("compact", "move_codes", (len(slots) // TILE,), out.device)(
         table, slabs, slots, out.view(torch.int32), S=spec, KEYS=codec.part == "key",
         BLOCK=1 << (words - 1).bit_length(),
     )  # fmt: skip
@@ -395,7 +408,7 @@ def join_centroids(
     out = slots.new_empty(M, b, columns + 1)
     log_ema = math.log(ema) if ema else -1e30  # of which 0 times is 0
     block = min(256, 1 << (columns - 1).bit_length())
-    kernels("centroids").join_centroids[(M * b, -(-columns // block))](
+    launch("centroids", "join_centroids", (M * b, -(-columns // block)), slots.device)(
         slots, at.contiguous(), rows.contiguous(), mass.contiguous(), out, b, slots.shape[1], log_ema,
         COLUMNS=columns, EMA=ema is not None, BLOCK=block, TOKENS=1 << (b - 1).bit_length(),
     )  # fmt: skip
@@ -409,7 +422,7 @@ def append(
     device) of `keys`, `values [.., slots, W]`; `count` goes up. In a `ring` the oldest gives way.
     """
     widths = key.shape[-1], value.shape[-1]
-    kernels("append").append_token[(len(key),)](
+    launch("append", "append_token", (len(key),), key.device)(
         key, value, keys, values, count, keys.shape[-2], D=widths[0], E=widths[1],
         BLOCK=1 << (max(widths) - 1).bit_length(), RING=ring,
     )  # fmt: skip
