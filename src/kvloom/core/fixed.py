@@ -32,7 +32,7 @@ def why_not(store: LayerStore) -> str | None:
     """The reason why a layer cannot decode in fixed memory, or None."""
     if not store.takes_token:
         return "the sinks are not full yet: prefill first"
-    if not store.pool.slabs:
+    if not store.pool.slabs and not store.plan.format.in_place:
         return "there are no pages yet: prefill first"
     return paged.why_unread(store)
 
@@ -155,14 +155,14 @@ class FixedLayer:
     def _tables(self) -> None:
         cells = self.store.tail.count.numel()
         told = self.host._told(self.store, cells)
-        if told is None:
-            if self.pages is not None:
-                self.pages.clear()
-            return
         if self.pages is None:
             programs = 4 * triton_backend.multiprocessors(self.store.device) // cells
-            self.pages = told.roomy(self.slabs, max(1, programs) + self.slabs)
-        self.pages.take(told)
+            first = paged.no_pages(self.store) if told is None else told
+            self.pages = first.roomy(self.slabs, max(1, programs) + self.slabs)
+        if told is None:
+            self.pages.clear()
+        else:
+            self.pages.take(told)
 
     def flush(self, positions: Tensor) -> None:
         """Make the tail's new tokens part of the store; `positions [B, n]` are theirs. Policies run. Without

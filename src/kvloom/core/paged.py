@@ -145,6 +145,15 @@ def exact(
     )
 
 
+def no_pages(store: LayerStore) -> Pages:
+    """What the kernels know of a layer with entries in place, before it has pages."""
+    plan = store.plan
+    key, value = triton_backend.dense(plan.key_dim), triton_backend.dense(plan.value_dim)
+    none = torch.zeros(0, store.tail.count.numel(), 3, dtype=torch.int32, device=store.device)
+    table = none.new_zeros(0, triton_backend.row_length(), dtype=torch.int64)
+    return Pages(key, value, None, None, table, none, none.new_zeros(0, 4))
+
+
 def _launch(store: LayerStore, call: Call, runs: int) -> Launch:
     B, H, G, Q, _ = call.query.shape
     return Launch(

@@ -83,6 +83,16 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def dense(width: int) -> Any:
+    """The `Spec` of entries as they are."""
+    return kernels("spec").Spec("dense", width, padded(width))
+
+
+def row_length() -> int:
+    """Addresses that a table has for each slab."""
+    return int(kernels("spec").ROW.value)
+
+
 def triton_dtype(dtype: torch.dtype) -> Any:
     language = importlib.import_module("triton.language")
     return getattr(language, str(dtype).removeprefix("torch."))
@@ -127,7 +137,7 @@ class Fields:
         row = [0] * int(kernels("spec").PART.value)
         if part is None:
             row[0] = address(self.slot[which])
-            return kernels("spec").Spec("dense", width, padded(width)), row
+            return dense(width), row
         facts: dict[str, Any] = {"kind": part.kind, "width": part.width, "padded": padded(part.width),
             "bits": part.bits, "words": tile_nbytes(part.width, part.bits) // 4,
             "per_token": part.per == "token", "group": part.group,
@@ -310,9 +320,7 @@ class Launch:
 
     def exact(self, tail: Exact, sinks: Exact | None, first_run: int) -> None:
         """Runs `first_run` .. of tail and sinks."""
-        spec = kernels("spec").Spec
-        widths = tail.keys.shape[3], tail.values.shape[3]
-        key, value = (spec("dense", w, padded(w)) for w in widths)
+        key, value = dense(tail.keys.shape[3]), dense(tail.values.shape[3])
         other, stop = (tail, 0) if sinks is None else (sinks, sinks.stop)
         runs = tail.runs + (0 if sinks is None else sinks.runs)
         launch("attention", "attend_exact", (self.grid, runs), self.device)(

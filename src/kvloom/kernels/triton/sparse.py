@@ -113,7 +113,7 @@ def add_key_outliers(
 @triton.jit
 def add_change(acc, p, channel, change, columns, DTYPE: tl.constexpr):
     """Adds `p [M, N]` times `change [N]` to the columns that stand for `channel [N]`."""
-    where = (channel[:, None] == columns[None, :]).to(DTYPE)
+    where = (channel[:, None] == columns[None, :]).to(tl.float32).to(DTYPE)
     changed = (p * change[None, :]).to(DTYPE)
     return product(changed, where, acc)
 

@@ -79,6 +79,15 @@ class Spec:
         return self.packed and self.per_token and (self.group == 0 or self.group >= self.width)
 
     @property
+    def centre(self) -> float:
+        """What is taken off the codes of values before they meet rounded weights, and put back exactly:
+        all codes of a grid from its minimum have one sign, and what weights lose would add up, in a
+        rotated basis in a single channel.
+        """
+        whole = self.folded and self.kind == "uniform" and self.zero is not None
+        return ((1 << self.bits) - 1) / 2 if whole else 0.0
+
+    @property
     def quads(self) -> int:
         """Rows of a block of keys of one e: quads of channels, as matrix products want them."""
         return max(16, power(self.padded // 4))

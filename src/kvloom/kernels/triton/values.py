@@ -68,6 +68,8 @@ def packed_half(
             scale, zero = affine(row, tile, head, token, channel, exists, some, S, 1)
         if not S.folded:
             x = x * scale + zero
+        elif S.centre != 0:
+            x = x - S.centre
         v = tl.reshape(halved(x, DTYPE), (T * 8, S.columns))
         acc = product(parts[e], v, acc)
     return acc
@@ -85,6 +87,7 @@ def add_packed(
     at, codes = tile.to(tl.int64) * S.words, pointer(row, PART + CODES, tl.int32)
     if S.folded:
         scale, zero = token_affine(row, head, tile0, tiles, S, 1, T)
+        zero = zero + scale * S.centre
         shift = tl.sum(p * zero[None, :], 1)[:, None]
         acc0, acc1, p = acc0 + shift, acc1 + shift, p * scale[None, :]
     parts = by_element(p.to(DTYPE), M, T)
