@@ -20,13 +20,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 RESULTS = Path(__file__).parent / "results"
 
 
-def benchmark_model(threads: int = 2) -> LlamaForCausalLM:
-    """The Llama of all decode benchmarks: hidden 512, 8 layers, 8/4 heads of 64, fp32."""
+SHAPES = {  # hidden, intermediate, layers, heads, KV heads
+    "small": (512, 1408, 8, 8, 4),
+    "1b": (2048, 8192, 16, 32, 8),
+}
+
+
+def benchmark_model(threads: int = 2, shape: str = "small") -> LlamaForCausalLM:
+    """The Llama of all decode benchmarks: hidden 512, 8 layers, 8/4 heads of 64, fp32; `shape="1b"`: that
+    of a model of a billion parameters. Weights are random.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    hidden, intermediate, layers, heads, kv = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=65536,
+        vocab_size=4096, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, head_dim=64, max_position_embeddings=131072,
         pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()

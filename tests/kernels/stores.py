@@ -80,10 +80,12 @@ def exact(store: LayerStore, call: Call) -> tuple[Tensor, Tensor]:
         keys.append(k)
         values.append(v)
         bias.append((torch.zeros(alive.shape) + mass).masked_fill(~alive, -torch.inf))
-    blocks = [store.tail] + ([store.sinks] if store.sinks is not None and not plan.in_cache else [])
-    for block in blocks:
+    for block in [store.tail] if store.sinks is None else [store.tail, store.sinks]:
         n = block.longest
-        keys.append(block.keys[:, :, :n].double())
+        own = block.keys[:, :, :n].double()
+        if block is store.sinks and plan.in_cache:  # the same as turning queries back
+            own = rotated(plan.rope, own, store.sink_gap()[..., None].expand(own.shape[:3]), 1.0)
+        keys.append(own)
         values.append(block.values[:, :, :n].double())
         mass = block.meta["mass"][:, :, :n] if "mass" in block.meta else 0.0
         bias.append(
@@ -117,9 +119,10 @@ def decoded(store: LayerStore, slab) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def rotated(rope, keys: Tensor, positions: Tensor) -> Tensor:
+def rotated(rope, keys: Tensor, positions: Tensor, gain: float | None = None) -> Tensor:
     """`RopeSpec.rotate` for paired halves, with angles that are not rounded."""
+    gain = rope.scale if gain is None else gain
     angle = positions.double()[..., None] * rope.inv_freq.double()
     a, b, rest = keys.tensor_split([rope.n_rot // 2, rope.n_rot], -1)
     turned = [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()]
-    return torch.cat([*(x * rope.scale for x in turned), rest], -1)
+    return torch.cat([*(x * gain for x in turned), rest], -1)

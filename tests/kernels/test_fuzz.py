@@ -14,6 +14,7 @@ import torch
 
 from kvloom import CompressedCache
 from kvloom.core.attend import Call
+from kvloom.core.slab import Slab
 from kvloom.core.store import LayerStore
 from kvloom.kernels import ops
 from tests.kernels import stores
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 )
 LIVES = int(os.environ.get("KVLOOM_FUZZ", 24))
 SCORERS = [
-    "", "knorm", "random", "h2o", "streaming_llm(positions='original')", "knorm | ada", "snapkv | pyramid",
-    "h2o | mass_fold", "mp_kvm(max_centroids=5)",
+    "", "knorm", "random", "h2o", "streaming_llm(positions='original')", "streaming_llm", "knorm | ada",
+    "snapkv | pyramid", "h2o | mass_fold", "mp_kvm(max_centroids=5)",
 ]  # fmt: skip
 STEPS = 7
 
@@ -47,6 +48,7 @@ class Life:
         self.recipe = " | ".join(x for x in (scorer, fmt) if x) or "none"
         self.budget = f"{rng.randint(140, 300)}tok" if scorer else None
         self.seen = 0
+        self.told: dict[Slab, tuple[int, list[int]]] = {}
         self.store = self._store()
         self.grow(rng.randint(1, 260))
 
@@ -72,6 +74,16 @@ class Life:
         index = [self.rng.randrange(self.B) for _ in range(self.B)]
         self.store.rows(torch.tensor(index))
 
+    def check_versions(self) -> None:
+        """A slab of the same version has its tensors where they were."""
+        for slab in self.store.pool.slabs:
+            extra = [x for x in (slab.alive, slab.base) if x is not None]
+            tables = [slab.first, slab.used, slab.skip, *slab.meta.values()]
+            now = slab.version, [x.data_ptr() for x in (*slab.codes(), *extra, *tables)]
+            version, places = self.told.get(slab, now)
+            assert version < slab.version or places == now[1]
+            self.told[slab] = now
+
     def step(self) -> None:
         what = self.rng.random()
         if what < 0.2:
@@ -88,6 +100,7 @@ def test_whatever_a_layer_has_been_through(seed: int) -> None:
     life = Life(seed)
     for step in range(STEPS):
         life.step()
+        life.check_versions()
         queries = life.rng.choice((1, 1, 2, 7, 16))
         call = stores.call_of(life.store, life.G, queries, seed=step)
         got, want = life.store.native.attend(life.store, call), stores.exact(life.store, call)

@@ -71,6 +71,9 @@ def attend(store: LayerStore, call: Call, new: Block | None) -> tuple[Tensor, Te
 
     `new` are the tokens of this forward as a causal chunk, or None if they are in the tail.
     """
+    if new is None and _native(store, call) and _kernel_reads_centroids(store):
+        store.native.raw = None
+        return store.native.attend(store, call, _centroids(store, call), call.sink_logits)
     parts = partials(store, call, new)
     if store.plan.observes or call.sink_logits is not None:
         return ops.combine(parts, call.sink_logits)
@@ -88,10 +91,13 @@ def partials(
         return _paged_partials(store, call, new, centroids)
     parts = [_sinks_partial(store, call)] if store.sinks is not None and store.sinks.longest else []
     with_tail = _pages_and_tail(store, call)
-    turned = _turned(store, call)
-    for slab in store.pool.slabs:
-        if with_tail is None or slab is not store.open:
-            parts.append(_slab_partial(store, slab, turned))
+    turned, reader = _turned(store, call), _reader(store)
+    if reader is not None and store.pool.slabs and not store.plan.format.in_place:
+        parts.append(_decoded_partial(store, turned, reader))
+    else:
+        for slab in store.pool.slabs:
+            if with_tail is None or slab is not store.open:
+                parts.append(_slab_partial(store, slab, turned))
     if with_tail is not None:
         parts.append(_partial(with_tail, call, call.query))
     if centroids and store.centroids is not None and store.centroids.longest:
@@ -113,14 +119,27 @@ def _native(store: LayerStore, call: Call) -> bool:
 def _native_partials(
     store: LayerStore, call: Call, new: Block | None, centroids: bool
 ) -> list[Partial]:
-    parts = [store.native.attend(store, call)]
-    if store.plan.in_cache and store.sinks is not None and store.sinks.longest:
-        parts.append(_sinks_partial(store, call))
-    if centroids and store.centroids is not None and store.centroids.longest:
+    beside = _centroids(store, call) if centroids and _kernel_reads_centroids(store) else None
+    parts = [store.native.attend(store, call, beside)]
+    if centroids and not _kernel_reads_centroids(store):
         parts.append(_partial(*centroid_tier(store, call)))
     if new is not None:
         parts += [_partial(t, call, call.query) for t in _exact_tiers(store, call, new, tail=False)]
     return parts
+
+
+def _kernel_reads_centroids(store: LayerStore) -> bool:
+    """Whether centroids, if there are any, are seen by the queries that everything else is."""
+    held, merger = store.centroids, store.plan.merger
+    if held is None or not held.longest:
+        return True
+    assert isinstance(merger, CentroidMerger)
+    return merger.rotated or merger.placing != "positionless"
+
+
+def _centroids(store: LayerStore, call: Call) -> Tier | None:
+    held = store.centroids
+    return centroid_tier(store, call)[0] if held is not None and held.longest else None
 
 
 def _paged(store: LayerStore, call: Call) -> bool:
@@ -177,9 +196,6 @@ def _slab_partial(store: LayerStore, slab: Slab, call: Call) -> Partial:
 
 
 def _slab_runs(store: LayerStore, slab: Slab, call: Call) -> Partial:
-    reader = _reader(store)
-    if not store.plan.format.in_place and reader is not None:
-        return _partial(_decoded_tier(store, slab, call, reader), call, call.query)
     segments = slab.segments()
     if len(segments) == 1 and segments[0].covers(*call.query.shape[:2]):
         return _partial(_slab_tier(store, slab, segments[0], call), call, call.query)
@@ -207,7 +223,8 @@ def _pages_and_tail(store: LayerStore, call: Call) -> Tier | None:
 def _slab_tiers(store: LayerStore, slab: Slab, call: Call) -> Iterator[Tier]:
     """A slab as tiers: one, decoded by the Triton kernels, or one for each run."""
     if not store.plan.format.in_place and paged.why_unread(store) is None:
-        yield _decoded_tier(store, slab, call, paged.of(store))
+        decoded = paged.of(store).read(store, slab)
+        yield _decoded_tier(store, [slab], call, decoded)
         return
     for segment in slab.segments():
         yield _slab_tier(store, slab, segment, call)
@@ -247,19 +264,28 @@ def _reader(store: LayerStore) -> Native | Paged | None:
     return paged.of(store) if paged.why_unread(store) is None else None
 
 
-def _decoded_tier(store: LayerStore, slab: Slab, call: Call, reader: Native | Paged) -> Tier:
-    """A whole slab, decoded by the kernels into a workspace, for queries that are many."""
-    n = slab.pages * PAGE
-    keys, values = reader.read(store, slab)
+def _decoded_partial(store: LayerStore, call: Call, reader: Native | Paged) -> Partial:
+    """All pages, decoded by the kernels into a workspace, for queries that are many."""
+    tier = _decoded_tier(store, store.pool.slabs, call, reader.read_all(store))
+    out, lse = _partial(tier, call, call.query)
+    return store.plan.format.turn_back(out, store.pool.tables), lse
+
+
+def _decoded_tier(
+    store: LayerStore, slabs: list[Slab], call: Call, decoded: tuple[Tensor, Tensor]
+) -> Tier:
+    """Whole slabs side by side, given their keys and values as pages hold them."""
+    keys, values = decoded
     if store.plan.pre_rope:
-        keys = store.rotate(keys, slab.positions())
-    ragged = uniform(slab.used) is None
-    bias = _slab_bias(slab, (ALL, ALL, slice(0, n)), masked=slab.holes or ragged)
-    mask = None
+        keys = store.rotate(keys, torch.cat([slab.positions() for slab in slabs], 2))
+    masked = any(slab.holes or uniform(slab.used) is None for slab in slabs)
+    where = [(ALL, ALL, slice(0, slab.pages * PAGE)) for slab in slabs]
+    found = [_slab_bias(slab, at, masked) for slab, at in zip(slabs, where, strict=True)]
+    biases, mask = [x for x in found if x is not None], None  # all of them, or none
     if call.past_mask is not None:
-        start = store.pool.offset(slab)
-        mask = call.past_mask[..., start : start + n]
-    return Tier(ALL, ALL, keys, values, bias, mask)
+        start = store.pool.offset(slabs[0])
+        mask = call.past_mask[..., start : start + keys.shape[2]]
+    return Tier(ALL, ALL, keys, values, torch.cat(biases, 2) if biases else None, mask)
 
 
 def _pinned(store: LayerStore) -> Tier | None:
@@ -324,11 +350,13 @@ def _exact_tiers(
 def attention_mass(store: LayerStore, call: Call, new: Block | None, lse: Tensor) -> Tensor:
     """Attention received by each evictable entry, `[B, H, S]`: pages, then tail, then `new`.
 
-    A second light pass over the keys, given the normaliser of the first.
+    The C++ kernels kept the logits of the first pass; elsewhere a second one over the keys, given its
+    normaliser.
     """
     columns, turned = [], _turned(store, call)
-    in_place = store.native.raw is not None or not store.pool.slabs
-    if store.native.raw is not None:
+    kept = store.native.raw is not None
+    in_place = kept or not store.pool.slabs
+    if kept:
         columns.append(store.native.mass(store, call, lse))
     elif not in_place and paged.why_not(store, call) is None:
         columns.append(paged.of(store).mass(store, call, lse))
@@ -339,7 +367,7 @@ def attention_mass(store: LayerStore, call: Call, new: Block | None, lse: Tensor
             where = (tier.rows, tier.heads)
             received[where][:, :, : tier.keys.shape[2]] = _mass(tier, turned, lse[where])
         columns.append(received)
-    tail = _block_tier(store.tail)
+    tail = None if kept else _block_tier(store.tail)
     columns += [] if tail is None else [_mass(tail, call, lse)]
     causal = None if new is None else _block_tier(new)
     if causal is not None:  # None too if every new token was a rejected draft

@@ -39,6 +39,7 @@ def compact(pool: PagePool) -> None:
         _move_tiles(f, [slab.tile[name] for slab in pool.slabs], new.tile[name], moves, unit)
     if torch.equal(new.live, new.used * PAGE):
         new.alive = None
+    new.changed()
     pool.slabs = [new] if bool((used > 0).any()) else []
     pool.recount()
     pool.stuck = (pool.pages * PAGE - pool.live) // PAGE * PAGE

@@ -13,7 +13,7 @@ from kvloom.kernels import cpu_backend, library, ops
 from kvloom.kernels.layout import cast
 
 if TYPE_CHECKING:
-    from kvloom.core.attend import Call, Partial
+    from kvloom.core.attend import Call, Partial, Tier
     from kvloom.core.block import Block
     from kvloom.core.slab import Slab
     from kvloom.core.store import LayerStore
@@ -28,36 +28,46 @@ class Native:
     def __init__(self) -> None:
         self.handle: Any = None
         # whose addresses the kernels have; not kept alive by that: freed memory is free
-        self.known: list[weakref.ref[Tensor]] = []
+        self.known: list[tuple[weakref.ref[Slab], int]] = []
         self.shape = (0, 0)  # rows, query heads per KV head
         self.checked: tuple[str | None, str | None] | None = None  # see `why_unread`
-        self.raw: Tensor | None = None  # logits of pages `[B, H, G, Q, slots]`, for `mass`
+        self.raw: Tensor | None = None  # logits of pages and tail `[B, H, G, Q, slots]`, for `mass`
 
     def __deepcopy__(self, memo: object) -> Native:
         return Native()  # addresses are not those of the copy
 
-    def attend(self, store: LayerStore, call: Call) -> Partial:
-        """`(out, lse)` of pages, tail and, unless they are read with other queries, sinks."""
+    def attend(
+        self,
+        store: LayerStore,
+        call: Call,
+        centroids: Tier | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Partial:
+        """`(out, lse)` of pages, tail, sinks and `centroids`; with `sink_logits [H, G]` of a model, they
+        are what `reference.combine` makes of it.
+        """
         B, H, G, Q, _ = call.query.shape
         self._tell(store, G)
-        raw = None
-        if store.plan.observes and store.pool.slabs:
-            slots = sum(slab.pages for slab in store.pool.slabs) * PAGE
+        raw, sealed = None, 0
+        if store.plan.observes:
+            sealed = sum(slab.pages for slab in store.pool.slabs) * PAGE
+            slots = sealed + store.tail.longest
             raw = torch.full((B, H, G, Q, slots), UNSEEN, dtype=torch.float32, device="cpu")
-        held = self._runs(store)
+        held = self._runs(store, centroids, sealed)
         self.handle.scale, self.handle.softcap = call.scale, call.softcap or 0.0
-        if torch.compiler.is_compiling() and raw is None:
+        if torch.compiler.is_compiling() and raw is None and sink_logits is None:
             layer = library.name(self.handle)
             out, lse = library.paged_attention(call.query, layer, store.plan.value_dim)
         else:
-            out, lse = cpu_backend.attend(self.handle, call.query, store.plan.value_dim, raw)
+            width = store.plan.value_dim
+            out, lse = cpu_backend.attend(self.handle, call.query, width, raw, sink_logits)
         del held
         self.raw = raw
         return out, lse
 
     def mass(self, store: LayerStore, call: Call, lse: Tensor) -> Tensor:
-        """What the entries of pages received in the last `attend`, `[B, H, slots]`; `lse [B, H, G, Q]` is
-        that of all tiers. No key is read again.
+        """What the entries of pages and tail received in the last `attend`, `[B, H, slots]`; `lse [B, H, G,
+        Q]` is that of all tiers. No key is read again.
         """
         assert self.raw is not None
         B, H, _, Q = lse.shape  # rejected drafts are gone from it
@@ -74,21 +84,23 @@ class Native:
         )  # fmt: skip
         return received
 
-    def read(self, store: LayerStore, slab: Slab) -> tuple[Tensor, Tensor]:
-        """Keys (before rotation, if pages hold them so) and values of a slab in the basis of the pages,
+    def read_all(self, store: LayerStore) -> tuple[Tensor, Tensor]:
+        """Keys (before rotation, if pages hold them so) and values of all slabs in the basis of the pages,
         `[B, H, slots, W]` in the model's dtype; zeros where a (row, head) has fewer pages.
         """
         self._tell(store, self.shape[1] or store.plan.group)
-        plan, (B, H) = store.plan, slab.first.shape
-        slots = slab.pages * PAGE
+        plan, slabs = store.plan, store.pool.slabs
+        total = sum(slab.pages for slab in slabs) * PAGE
         keys, values = (
-            torch.empty(B, H, slots, width, dtype=torch.float32, device="cpu")
+            torch.empty(*store.tail.count.shape, total, width, dtype=torch.float32, device="cpu")
             for width in (plan.key_dim, plan.value_dim)
         )
-        which = next(i for i, s in enumerate(store.pool.slabs) if s is slab)
-        self.handle.decode(
-            which, slots, keys.data_ptr(), values.data_ptr(), torch.get_num_threads()
-        )
+        start, threads = 0, torch.get_num_threads()
+        for i, slab in enumerate(slabs):
+            slots = slab.pages * PAGE
+            at = (x[:, :, start:].data_ptr() for x in (keys, values))
+            self.handle.decode(i, slots, total, *at, threads)
+            start += slots
         return cast(keys, plan.dtype), cast(values, plan.dtype)
 
     # -- what the kernels are told -----------------------------------------------------------------
@@ -105,55 +117,76 @@ class Native:
         compiled = cpu_backend.loaded()
         handle = compiled.Handle(B, plan.heads, G, plan.key_dim, plan.value_dim, cpu_backend.isa())
         handle.mode = cpu_backend.mode()
-        if plan.pre_rope:
+        if plan.pre_rope or plan.in_cache:
             assert plan.rope is not None
-            interleaved = plan.rope.pairing == "interleaved"
-            handle.rotate(plan.rope.inv_freq.float().tolist(), interleaved, plan.rope.scale)
+            interleaved, frequencies = plan.rope.pairing == "interleaved", plan.rope.inv_freq
+            handle.rotate(frequencies.float().tolist(), interleaved, plan.rope.scale, plan.pre_rope)
         turned = plan.format.turned_by(store.pool.tables)
         if turned:  # the matrices are kept by the format, the signs by the pool
             key, signs = turned.get("key", (None, None))
             value, value_signs = turned.get("value", (None, None))
             handle.turn(_at(key), _at(signs), _at(value), _at(value_signs))
         self.handle = handle
-        exact = [store.tail] if store.sinks is None or plan.in_cache else [store.tail, store.sinks]
-        runs = []
-        for block in exact:
-            run = compiled.Run()
-            run.keys, run.values = cpu_backend.dense(block.keys), cpu_backend.dense(block.values)
-            runs.append(run)
+        runs = [compiled.Run() for _ in range(3)]  # tail, sinks, centroids
+        for run in runs:
+            run.keys, run.values = (
+                cpu_backend.dense(x) for x in (store.tail.keys, store.tail.values)
+            )
+            run.n = 0
         handle.runs = runs
 
-    def _runs(self, store: LayerStore) -> list[list[Tensor]]:
-        """Tell the kernels about the exact tiers; returns what must live until they are read."""
-        pinned = store.sinks if store.sinks is not None and not store.plan.in_cache else None
-        blocks = [store.tail] if pinned is None else [store.tail, pinned]
-        return [self._run(i, block) for i, block in enumerate(blocks)]
+    def _runs(self, store: LayerStore, centroids: Tier | None, sealed: int) -> list[Tensor]:
+        """Tell the kernels about the exact tiers; returns what must live until they are read. The tail's
+        logits are kept behind those of the `sealed` slots.
+        """
+        tail, sinks = store.tail, store.sinks
+        held = self._run(0, tail.keys, tail.values, tail.longest, tail, raw=sealed)
+        if sinks is not None and sinks.longest:
+            back = store.sink_gap().contiguous() if store.plan.in_cache else None
+            held += self._run(1, sinks.keys, sinks.values, sinks.longest, sinks, back=back)
+        if store.centroids is not None:
+            if centroids is None:
+                self._run(2, tail.keys, tail.values, 0)
+            else:
+                keys, values = centroids.keys, centroids.values
+                held += self._run(2, keys, values, keys.shape[2], bias=centroids.bias)
+        return held
 
-    def _run(self, i: int, block: Block) -> list[Tensor]:
-        keys, values, n = block.keys, block.values, block.longest
-        held, count, bias, stride = [keys, values], 0, 0, 0
-        if block.size is None:
-            counts = block.count.contiguous()
-            held.append(counts)
-            count = counts.data_ptr()
-        if "mass" in block.meta and n:
-            mass = block.meta["mass"].float().contiguous()
-            held.append(mass)
-            bias, stride = mass.data_ptr(), mass.shape[2]
+    def _run(
+        self,
+        i: int,
+        keys: Tensor,
+        values: Tensor,
+        n: int,
+        block: Block | None = None,
+        bias: Tensor | None = None,
+        back: Tensor | None = None,
+        raw: int = -1,
+    ) -> list[Tensor]:
+        held = [keys, values]
+        count = None
+        if block is not None and n:
+            count = block.count.contiguous() if block.size is None else None
+            bias = block.meta.get("mass")
+        if bias is not None:
+            bias = bias.float().contiguous()
+        held += [x for x in (count, bias, back) if x is not None]
         self.handle.set_run(
-            i, keys.data_ptr(), values.data_ptr(), n, count, bias, stride,
+            i, keys.data_ptr(), values.data_ptr(), n, _start(count), _start(bias),
+            0 if bias is None else bias.shape[2], _start(back), raw,
             *keys.stride()[:3], *values.stride()[:3],
         )  # fmt: skip
         return held
 
     def _refresh(self, store: LayerStore) -> None:
-        held = [x for slab in store.pool.slabs for x in slab.kernel_view()]
-        if len(held) == len(self.known) and all(
-            ref() is x for ref, x in zip(self.known, held, strict=True)
+        slabs, known = store.pool.slabs, self.known
+        if len(slabs) == len(known) and all(
+            ref() is slab and version == slab.version
+            for (ref, version), slab in zip(known, slabs, strict=True)
         ):
             return
-        self.handle.slabs = [self._slab(store, slab) for slab in store.pool.slabs]
-        self.known = [weakref.ref(x) for x in held]
+        self.handle.slabs = [self._slab(store, slab) for slab in slabs]
+        self.known = [(weakref.ref(slab), slab.version) for slab in slabs]
 
     def _slab(self, store: LayerStore, slab: Slab) -> Any:
         made = cpu_backend.loaded().Slab()
@@ -188,6 +221,10 @@ class Native:
             made.positions = cpu_backend.address(at, torch.int32)
             made.position_stride, last = at.shape[2], int(at.max())
         self.handle.reach(last)
+
+
+def _start(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _at(x: Tensor | None) -> int:

@@ -23,7 +23,7 @@ class Paged:
     """What the kernels know of one `LayerStore`; made anew whenever its slabs have changed."""
 
     def __init__(self) -> None:
-        self.known: list[weakref.ref[Tensor]] = []
+        self.known: list[tuple[weakref.ref[Slab], int, int]] = []
         self.programs = 0
         self.pages: Pages | None = None
         self.constants: dict[str, Tensor] = {}  # tables of levels, on the device
@@ -55,12 +55,20 @@ class Paged:
         return received.view(B, H, slots)
 
     def read(self, store: LayerStore, slab: Slab) -> tuple[Tensor, Tensor]:
-        """See `Native.read`."""
+        """Keys (before rotation, if pages hold them so) and values of a slab in the basis of the pages,
+        `[B, H, slots, W]` in the model's dtype; zeros where a (row, head) has fewer pages.
+        """
         pages = self._told(store, max(1, self.programs))
         assert pages is not None
         which = next(i for i, s in enumerate(store.pool.slabs) if s is slab)
         B, H = slab.first.shape
         return triton_backend.decode(pages, which, B, H, slab.pages * PAGE, store.plan.dtype)
+
+    def read_all(self, store: LayerStore) -> tuple[Tensor, Tensor]:
+        """See `Native.read_all`."""
+        parts = [self.read(store, slab) for slab in store.pool.slabs]
+        keys, values = zip(*parts, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
 
     # -- what the kernels are told -----------------------------------------------------------------
 
@@ -85,12 +93,14 @@ class Paged:
         if not slabs:
             self.known, self.pages = [], None
             return None
-        held = [x for slab in slabs for x in slab.kernel_view()]
-        same = len(held) == len(self.known) and self.programs == programs
-        if same and all(ref() is x for ref, x in zip(self.known, held, strict=True)):
+        same = len(slabs) == len(self.known) and self.programs == programs
+        if same and all(
+            ref() is slab and (version, moves) == (slab.version, slab.moves)
+            for (ref, version, moves), slab in zip(self.known, slabs, strict=True)
+        ):
             return self.pages
-        self.programs, self.known = programs, [weakref.ref(x) for x in held]
-        self.pages = self._pages(store, programs)
+        self.programs, self.pages = programs, self._pages(store, programs)
+        self.known = [(weakref.ref(slab), slab.version, slab.moves) for slab in slabs]
         return self.pages
 
     def _pages(self, store: LayerStore, programs: int) -> Pages:

@@ -90,7 +90,8 @@ class PagePool:
 
     def decode_all(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values of all slabs side by side, `[B, H, S, D]`, dead slots included."""
-        slabs = [slab for slab in self.slabs if slab.pages]  # one is empty until its first page is full
+        # one is empty until its first page is full
+        slabs = [slab for slab in self.slabs if slab.pages]
         if not slabs:
             return None
         parts = [self.decode_tiles(slab, 0, slab.pages * TILES) for slab in slabs]
@@ -301,22 +302,19 @@ class PagePool:
             alive = slab.valid() & keep[:, :, start : start + n]
             live = alive.sum(-1).cpu()
             if not torch.equal(live, slab.live):
-                slab.alive = _padded(alive, int(slab.room.max()) * PAGE)
+                slab.bury(alive)
                 slab.live = live
             start += n
         self.recount()
 
     def drop_oldest(self, n: Tensor) -> None:
         """Forget the oldest `n` (host `[B, H]`) live entries; the device is not waited for."""
+        left = n
         for slab in self.slabs:
-            mine = torch.minimum(n, slab.live)
-            if slab.alive is None:
-                slab.skip = slab.skip + mine
-            else:
-                older = slab.valid().cumsum(-1)
-                slab.alive[:, :, : older.shape[2]] &= older > mine.to(self.device)[..., None]
-            slab.live, n = slab.live - mine, n - mine
-        self.recount()
+            mine = torch.minimum(left, slab.live)
+            slab.pass_over(mine)
+            left = left - mine
+        self.live = self.live - (n - left)
 
     def can_drop(self, n: Tensor) -> bool:
         """Whether the statistics can follow if the newest `n` (host `[B, H]`) live entries are forgotten:
@@ -400,9 +398,3 @@ def _consecutive(block: Block, pages: Tensor) -> bool:
 
 def _length(fields: dict[str, Tensor]) -> int:
     return next((x.shape[0] for x in fields.values()), 0)
-
-
-def _padded(alive: Tensor, slots: int) -> Tensor:
-    out = alive.new_zeros(*alive.shape[:2], slots)
-    out[:, :, : alive.shape[2]] = alive
-    return out

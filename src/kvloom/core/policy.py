@@ -208,7 +208,7 @@ class Scorer(Policy):
         """
         valid, tiled = entries.valid, entries.tiled
         scores = entries.scores = self.score(entries).float()
-        if not bool(torch.isfinite(scores[valid]).all()):
+        if not bool((torch.isfinite(scores) | ~valid).all()):
             raise ValueError(f"{self}: a score is NaN or infinite")
         newer = from_newest(valid)
         scores = scores.masked_fill(newer <= protected.to(scores.device)[..., None], float("inf"))
@@ -240,11 +240,10 @@ def _tile_mean(scores: Tensor, valid: Tensor) -> Tensor:
 
 def top_newest(scores: Tensor, target: Tensor) -> Tensor:
     """The `target [B, H]` (host) best of `scores [B, H, S]` as bool; ties go to the larger index."""
-    order = torch.argsort(scores.flip(-1), dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    steps = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    rank.scatter_(-1, order, steps)
-    return (rank < target.to(rank.device)[..., None]).flip(-1)
+    order = torch.argsort(scores, dim=-1, stable=True)  # of equal ones the older goes first
+    S = order.shape[-1]
+    best = torch.arange(S, device=order.device) >= (S - target).to(order.device)[..., None]
+    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, best.expand_as(order))
 
 
 @dataclass(frozen=True)

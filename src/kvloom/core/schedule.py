@@ -88,6 +88,8 @@ class Lazy(Policy):
         """
         if self.every == 0:
             return length
+        if cells == 1 and self == STRICT:
+            return torch.minimum(length, capacity)
         over, slack = length - capacity, self.slack * cells
         drop = self.max_drop * cells if self.max_drop > 0 else torch.iinfo(torch.int64).max // 2
         if self.rule == "paper":
@@ -101,3 +103,6 @@ class Lazy(Policy):
             due = due & (since >= self.every)
             goal = torch.minimum(goal, capacity + slack - (self.every - 1) * cells)
         return torch.where(due, torch.maximum(goal, capacity), length)
+
+
+STRICT = Lazy()

@@ -61,6 +61,8 @@ class Slab:
         meta: `[B, H, P * 64]` per-slot tensors; P is the largest room.
         base: int32 `[B, H, P]`, position of each page's first slot, if that tells all the others.
         shared: rows were reordered by reference; nothing may be appended any more.
+        version: counts how often one of these tensors was replaced by another, which kernels that know
+            its address must be told. moves: counts changes of `skip` in place.
     """
 
     slot: dict[str, Tensor]
@@ -77,13 +79,18 @@ class Slab:
     meta: dict[str, Tensor] = field(default_factory=dict)
     base: Tensor | None = None
     shared: bool = False
+    version: int = 0
+    moves: int = 0
+    _pages: int | None = None
     _segments: list[Segment] | None = None
     _open: Segment | None = None
 
     @property
     def pages(self) -> int:
         """The largest number of pages in use by a (row, head)."""
-        return int(self.used.max()) if self.used.numel() else 0
+        if self._pages is None:
+            self._pages = int(self.used.max()) if self.used.numel() else 0
+        return self._pages
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +115,7 @@ class Slab:
         used = self.n_sets[family]
         for name, x in self.sets[family].items():
             self.sets[family][name] = torch.cat([x[:used], x.new_zeros(n, *x.shape[1:])])
+        self.changed()
 
     def codes(self) -> list[Tensor]:
         """What holds keys and values: codes, scales, and which scales belong to which tile."""
@@ -119,17 +127,6 @@ class Slab:
         extra = [t for t in (self.alive, self.base) if t is not None]
         host = [self.first, self.room, self.used, self.live, self.skip]
         return [*self.meta.values(), *extra, *host]
-
-    def kernel_view(self) -> list[Tensor]:
-        """The tensors whose addresses a kernel knows: it must be told again once one is another."""
-        extra = (self.alive, self.base, *self.meta.values())
-        return [
-            *self.codes(),
-            *(x for x in extra if x is not None),
-            self.first,
-            self.used,
-            self.skip,
-        ]
 
     def valid(self) -> Tensor:
         """Live slots: bool `[B, H, pages * 64]`."""
@@ -168,9 +165,30 @@ class Slab:
         )
         full[:, :, : self.pages * PAGE] = self.positions()
         self.meta, self.base = {**self.meta, "positions": full}, None
+        self.changed()
+
+    def bury(self, alive: Tensor) -> None:
+        """Only `alive` (bool `[B, H, pages * 64]`) of the slots are live from now on."""
+        if self.alive is None:
+            slots = int(self.room.max()) * PAGE
+            self.alive = alive.new_zeros(*alive.shape[:2], slots)
+            self.changed()
+        self.alive[:, :, : alive.shape[2]] = alive
+
+    def pass_over(self, n: Tensor) -> None:
+        """The oldest `n [B, H]` (host) live slots are dead from now on; the device is not waited for."""
+        if self.alive is None:
+            self.skip += n
+            self.moves += 1
+        else:
+            older = self.valid().cumsum(-1)
+            self.alive[:, :, : older.shape[2]] &= older > n.to(self.device)[..., None]
+        self.live = self.live - n
 
     def changed(self) -> None:
-        self._segments = self._open = None
+        """A tensor is another one, or other pages are in use."""
+        self.version += 1
+        self._segments = self._open = self._pages = None
 
     def with_next_page(self) -> Segment | None:
         """One run of the pages in use and the next free one of every (row, head), if there is such."""

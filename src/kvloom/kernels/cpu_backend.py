@@ -22,7 +22,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KINDS = {"uniform": 0, "levels": 1, "fp8": 2}
 MODES = {"default": 0, "fast": 1, "exact": 2}
 WIDEST = 512
-INTERFACE = 1  # of the compiled module; counts up with every change of what is handed over
+INTERFACE = 2  # of the compiled module; counts up with every change of what is handed over
 QUERIES = 16  # of one head that are served at once; more are faster by matrix products
 
 
@@ -195,10 +195,17 @@ def check_queries(handle: Any, query: Tensor, value_dim: int) -> None:
 
 
 def attend(
-    handle: Any, query: Tensor, value_dim: int, raw: Tensor | None = None
+    handle: Any,
+    query: Tensor,
+    value_dim: int,
+    raw: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries `[B, H, G, Q, D]` over all that a layer was told of: `out [B, H, G, Q, E]` and
-    `lse [B, H, G, Q]`, fp32. `raw [B, H, G, Q, slots]` takes the logits of pages, times log2(e).
+    `lse [B, H, G, Q]`, fp32.
+
+    `raw [B, H, G, Q, slots]` takes logits of pages and tail, times log2(e); `sinks [H, G]` are a model's
+    learned sinks (see `reference.combine`).
     """
     query = query.float().contiguous()
     shape = query.shape[:-1]
@@ -206,9 +213,10 @@ def attend(
     out = torch.empty(*shape, value_dim, dtype=torch.float32, device="cpu")
     lse = torch.empty(shape, dtype=torch.float32, device="cpu")
     where, stride = (0, 0) if raw is None else (raw.data_ptr(), raw.shape[-1])
+    sinks = None if sinks is None else sinks.float().contiguous()
     handle.attend(
-        query.data_ptr(), shape[3], 0, out.data_ptr(), lse.data_ptr(), where, stride,
-        torch.get_num_threads(),
+        query.data_ptr(), shape[3], 0 if sinks is None else sinks.data_ptr(), out.data_ptr(),
+        lse.data_ptr(), where, stride, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 

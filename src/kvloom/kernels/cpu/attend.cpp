@@ -144,6 +144,8 @@ void Handle::plan(int threads) {
 
 void Handle::attend(const float* query, int queries, const float* sinks, float* out, float* lse, float* raw,
                     int64_t raw_stride, int threads) {
+  for (const Run& run : runs)
+    for (int64_t cell = 0; run.back && cell < int64_t(layer.rows) * layer.heads; cell++) reach(std::abs(run.back[cell]));
   layer.slabs = slabs.data(), layer.n_slabs = int32_t(slabs.size());
   layer.runs = runs.data(), layer.n_runs = int32_t(runs.size());
   const int64_t R = int64_t(layer.group) * queries, E = layer.value_dim;
@@ -194,14 +196,14 @@ void Handle::mass(const float* raw, int64_t raw_stride, int queries, const float
     kernels_->mass(raw + cell * R * raw_stride, raw_stride, int(R), lse + cell * R, slots, received + cell * slots);
 }
 
-void Handle::decode(int index, int64_t slots, float* keys, float* values, int threads) const {
+void Handle::decode(int index, int64_t slots, int64_t stride, float* keys, float* values, int threads) const {
   const Slab& slab = slabs.at(size_t(index));
   const int64_t cells = int64_t(layer.rows) * layer.heads, tiles = slots / TILE;
   const int64_t D = layer.key_dim, E = layer.value_dim;
 #pragma omp parallel for num_threads(std::max(1, threads)) schedule(static) collapse(2)
   for (int64_t cell = 0; cell < cells; cell++)
     for (int64_t t = 0; t < tiles; t++) {
-      float *k = keys + (cell * slots + t * TILE) * D, *v = values + (cell * slots + t * TILE) * E;
+      float *k = keys + (cell * stride + t * TILE) * D, *v = values + (cell * stride + t * TILE) * E;
       if (t < slab.used[cell] * 2) {
         kernels_->decode(layer, slab, int(cell % layer.heads), slab.first[cell] * 2 + t, k, v);
       } else {

@@ -36,9 +36,9 @@ class Handle {
   // received [B][H][slots] from the logits that `attend` kept; lse [B][H][R], in log2 units
   void mass(const float* raw, int64_t raw_stride, int queries, const float* lse, int64_t slots,
             float* received, int threads) const;
-  // keys [B][H][slots][D], values [B][H][slots][E] of a slab, before rotation, in the pages' basis
-  void decode(int slab, int64_t slots, float* keys, float* values, int threads) const;
-  // Keys of pages are stored before rotation by these frequencies, one for each pair of channels.
+  // `slots` keys [B][H][stride][D] and values [B][H][stride][E] of a slab, before rotation, in the pages' basis
+  void decode(int slab, int64_t slots, int64_t stride, float* keys, float* values, int threads) const;
+  // Keys of pages, or queries of runs, are rotated by these frequencies, one for each pair of channels.
   void rotate(std::vector<float> freq);
   // Make sure that positions up to `last` can be rotated to.
   void reach(int64_t last);

@@ -63,7 +63,8 @@ struct Isa {
   FN F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   FN I to_int(F a) { return _mm256_cvtps_epi32(a); }
   FN F as_float(I a) { return _mm256_castsi256_ps(a); }
-  struct Table { F low, high; };  // of 16 numbers
+  static constexpr bool LOOSE = true;  // `lookup` sees the low bits of a code only
+  struct Table { F low, high; };  // of 16 numbers, those of fewer bits repeated
   FN Table table(const float* p) { return {load(p), load(p + 8)}; }
   template <int SIZE> FN F lookup(I code, const Table& t) {
     const F low = _mm256_permutevar8x32_ps(t.low, code);

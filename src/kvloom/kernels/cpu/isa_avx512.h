@@ -60,6 +60,7 @@ struct Isa {
   FN F as_float(I a) { return _mm512_castsi512_ps(a); }
   struct Table { F all; };  // of 16 numbers
   FN Table table(const float* p) { return {load(p)}; }
+  static constexpr bool LOOSE = true;  // `lookup` sees the low bits of a code only
   template <int> FN F lookup(I code, const Table& t) { return _mm512_permutexvar_ps(code, t.all); }
   FN void fetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -83,6 +83,7 @@ struct Isa {
   static F as_float(I a) { F r; memcpy(&r, &a, sizeof r); return r; }
   struct Table { float x[16]; };
   static Table table(const float* p) { Table t; memcpy(t.x, p, sizeof t.x); return t; }
+  static constexpr bool LOOSE = false;
   template <int> static F lookup(I code, const Table& t) { return map([&](int i) { return t.x[code.x[i]]; }); }
   static void fetch(const void*) {}
 

@@ -34,7 +34,7 @@ static const float* floats(Address a) { return reinterpret_cast<const float*>(a)
 static float* out(Address a) { return reinterpret_cast<float*>(a); }
 
 NB_MODULE(_cpu, m) {
-  m.attr("INTERFACE") = 1;  // see cpu_backend.py
+  m.attr("INTERFACE") = 2;  // see cpu_backend.py
   m.def("instruction_sets", instruction_sets);
   m.def("encode", [](Address source, int dtype, int64_t pages, int width, int bits, bool keys, bool per_token,
                      bool symmetric, int group, Address codes, Address scale, Address zero, const std::string& isa,
@@ -136,21 +136,23 @@ NB_MODULE(_cpu, m) {
                              reinterpret_cast<const int8_t*>(value_signs)};
            })
       .def("rotate",
-           [](Handle& h, std::vector<float> freq, bool interleaved, float gain) {
+           [](Handle& h, std::vector<float> freq, bool interleaved, float gain, bool pages) {
              h.layer.rotation.interleaved = interleaved, h.layer.rotation.gain = gain;
+             h.layer.rotation.pages = pages;
              h.rotate(std::move(freq));
            })
       .def("reach", &Handle::reach)
       .def("set_run",
            [](Handle& h, size_t i, Address keys, Address values, int64_t n, Address count, Address bias, int64_t stride,
-              int64_t key_row, int64_t key_head, int64_t key_token, int64_t value_row, int64_t value_head,
-              int64_t value_token) {
+              Address back, int64_t raw, int64_t key_row, int64_t key_head, int64_t key_token, int64_t value_row,
+              int64_t value_head, int64_t value_token) {
              Run& r = h.runs.at(i);
              r.keys.row = key_row, r.keys.head = key_head, r.keys.token = key_token;
              r.values.row = value_row, r.values.head = value_head, r.values.token = value_token;
              r.keys.data = reinterpret_cast<const void*>(keys), r.values.data = reinterpret_cast<const void*>(values);
              r.n = n, r.count = reinterpret_cast<const int64_t*>(count);
              r.bias = floats(bias), r.bias_stride = stride;
+             r.back = reinterpret_cast<const int64_t*>(back), r.raw = raw;
            })
       .def("attend",
            [](Handle& h, Address query, int queries, Address sinks, Address result, Address lse, Address raw,
@@ -164,8 +166,8 @@ NB_MODULE(_cpu, m) {
              nb::gil_scoped_release free;
              h.mass(floats(raw), raw_stride, queries, floats(lse), slots, out(received), threads);
            })
-      .def("decode", [](Handle& h, int slab, int64_t slots, Address keys, Address values, int threads) {
+      .def("decode", [](Handle& h, int slab, int64_t slots, int64_t stride, Address keys, Address values, int threads) {
         nb::gil_scoped_release free;
-        h.decode(slab, slots, out(keys), out(values), threads);
+        h.decode(slab, slots, stride, out(keys), out(values), threads);
       });
 }

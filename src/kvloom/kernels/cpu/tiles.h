@@ -162,6 +162,7 @@ template <Kind KIND, int BITS, bool NARROW>
 static void spread(const Levels<KIND, BITS> level, const uint8_t* __restrict p, int quads, float* __restrict x,
                    int64_t ld) {
   constexpr int UNIT = quads_of_unit(BITS), BYTES = bytes_of_unit(BITS);
+  constexpr bool CLEAN = KIND != LEVELS || !Isa::LOOSE;
   for (int j = 0; j < quads; j += UNIT)
     for (int s = 0; s < 16 / W; s++) {
       const uint8_t* unit = p + (j / UNIT) * BYTES + s * 4 * W;
@@ -172,7 +173,7 @@ static void spread(const Levels<KIND, BITS> level, const uint8_t* __restrict p, 
           const int quad = NARROW ? 2 * (j + k) + half : j + k, lane = NARROW ? 0 : half * 16;
 #pragma GCC unroll 4
           for (int e = 0; e < 4; e++)
-            Isa::store(x + (4 * quad + e) * ld + lane + s * W, level(codes32<BITS>(unit, k, half, e)));
+            Isa::store(x + (4 * quad + e) * ld + lane + s * W, level(codes32<BITS, CLEAN>(unit, k, half, e)));
         }
     }
 }

@@ -65,7 +65,7 @@ struct Dense {
   int64_t row = 0, head = 0, token = 0;  // elements
 };
 
-// Where keys that are stored before rotation stand.
+// How keys and queries are rotated, where that is the kernels' work.
 struct Rotation {
   const float* near = nullptr;   // [2][pairs][PAGE]: cos and sin of 0, 1, .. positions
   const float* step = nullptr;   // [PAGE][2][pairs]: the same
@@ -73,7 +73,8 @@ struct Rotation {
   int64_t reach = 0;
   int32_t pairs = 0;
   bool interleaved = false;      // pairs (2i, 2i+1) instead of (i, i+pairs)
-  float gain = 1;                // on the rotated channels
+  bool pages = false;            // pages hold keys before rotation
+  float gain = 1;                // on the rotated channels of these
 };
 
 // Pages of one slab.
@@ -96,6 +97,8 @@ struct Run {
   int64_t n = 0;
   const float* bias = nullptr;     // [B*H][bias_stride], or null
   int64_t bias_stride = 0;
+  const int64_t* back = nullptr;   // [B*H], or null: by how many positions its queries are turned back
+  int64_t raw = -1;                // where its logits go in Call::raw, or -1: nowhere
 };
 
 // The basis in which pages hold keys and values.
@@ -129,7 +132,7 @@ struct Task {
 struct Call {
   const float* query = nullptr;  // [B][H][R][D]
   int32_t rows = 0;              // R = group * queries
-  float* raw = nullptr;          // logits of pages in log2 units, [B][H][R][raw_stride], or null
+  float* raw = nullptr;          // logits in log2 units, [B][H][R][raw_stride], or null
   int64_t raw_stride = 0;
 };
 

@@ -1,0 +1,53 @@
+// Keys and values as the model made them: pages that are not packed, tail, sinks, centroids.
+#pragma once
+#include "work.h"
+
+namespace {
+static inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
+
+// `f(rows, ld)` with n entries (at most a tile) where they lie, or as fp32 rows if their width is odd.
+template <class Fn>
+static inline void with_rows(Work& w, const Dense& dense, int64_t element, int n, Fn f) {
+  const char* p = static_cast<const char*>(dense.data) + element * size_of(dense.dtype);
+  if (dense.width % 16) {
+    widen(p, dense.dtype, dense.token, n, dense.width, w.tile);
+    return f.template operator()<Single>(w.tile, int64_t(padded(dense.width)));
+  }
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
+  if (dense.dtype == F32)
+    f.template operator()<Single>(reinterpret_cast<const float*>(p), dense.token);
+  else if (dense.dtype == F16)
+    f.template operator()<Half>(halves, dense.token);
+  else
+    f.template operator()<Brain>(halves, dense.token);
+}
+
+static void dense_keys(Work& w, const Dense& keys, int64_t element, int n, float* out) {
+  with_rows(w, keys, element, n, [&]<class X>(const typename X::T* x, int64_t ld) {
+    by_rows(w.R, [&]<int H>(int r) {
+      dot_rows<H, X>(x, ld, n, w.D, w.query + r * w.wide, w.wide, out + r * BLOCK, BLOCK);
+    });
+  });
+}
+
+static void dense_values(Work& w, const Dense& values, int64_t element, int n, const float* weights) {
+  with_rows(w, values, element, n, [&]<class X>(const typename X::T* x, int64_t ld) {
+    by_rows(w.R, [&]<int H>(int r) {
+      fma_rows<H, X>(x, ld, n, w.E, weights + r * BLOCK, BLOCK, w.acc + int64_t(r) * w.E, w.E, true);
+    });
+  });
+}
+
+static inline int64_t element_of(const Dense& dense, int64_t tile) {
+  return tile / 2 * dense.head + tile % 2 * TILE * dense.token;
+}
+
+// A dense tile of keys as x[c][t].
+static void across(Work& w, const Dense& keys, int64_t tile) {
+  const char* p = static_cast<const char*>(keys.data) + element_of(keys, tile) * size_of(keys.dtype);
+  float* rows = w.tile + TILE * w.wide;
+  widen(p, keys.dtype, keys.token, TILE, keys.width, rows);
+  for (int t = 0; t < TILE; t++)
+    for (int c = 0; c < w.D; c++) w.tile[c * TILE + t] = rows[t * w.D + c];
+}
+}  // namespace
