@@ -217,10 +217,10 @@ def environment_of(monkeypatch):
 
 
 def test_what_changed_is_told_again():
-    store = filled("streaming_llm | int4", n=200, budget="150tok")
+    store = filled("streaming_llm | int4", H=1, n=200, budget="150tok")
     known = paged.of(store)
-    for step in range(3):
-        keys, values = stores.entries(1, 2, 40, 64, seed=step)
+    for step in range(2):
+        keys, values = stores.entries(1, 1, 40, 64, seed=step)
         positions = torch.arange(200 + 40 * step, 240 + 40 * step)[None]
         call = stores.call_of(store)
         store.commit(store.stage(keys, values, call, None, positions))
@@ -365,18 +365,18 @@ def test_slots_keep_their_codes_when_they_move(bits, part, width):
 @pytest.mark.parametrize("recipe", ["int3", "turboquant_mse(bits=2)"])
 def test_compaction_moves_codes_by_the_kernel(monkeypatch, recipe):
     """Bit by bit what torch makes of the same pages."""
-    two = [filled(f"knorm | {recipe}", H=1, D=36, n=200, budget="1000tok") for _ in range(2)]
+    two = [filled(f"knorm | {recipe}", H=1, D=36, n=140, budget="1000tok") for _ in range(2)]
     moved, move = [], triton_backend.move_codes
     monkeypatch.setattr(triton_backend, "move_codes", lambda *x: (moved.append(x), move(*x)))
     for store, backend in zip(two, ("torch", "triton"), strict=True):
         monkeypatch.setenv("KVLOOM_BACKEND", backend)
         ops.forced_backend.cache_clear()
-        keep = torch.rand(1, 1, 192, generator=torch.Generator().manual_seed(1)) < 0.5
+        keep = torch.rand(1, 1, 128, generator=torch.Generator().manual_seed(1)) < 0.4
         store.pool.evict(keep)
         compact(store.pool)
     assert len(moved) == 2  # keys and values
     (want,), (got,) = (store.pool.slabs for store in two)
-    assert got.used.equal(want.used) and int(got.used.sum()) < 3
+    assert got.used.tolist() == want.used.tolist() == [[1]]
     for name, x in want.tile.items():
         assert torch.equal(got.tile[name], x)
 
