@@ -1,7 +1,8 @@
-"""Every experiment's quick version, a cell of each of its grids, as its file has it; and a report of one."""
+"""Every experiment's quick version, a cell of each of its grids, with little after the prefill; and a report of one."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from kvloom.cli.main import app
 from kvloom.evaluation import runner
-from kvloom.evaluation.experiment import Experiment, Outcome, load
+from kvloom.evaluation.experiment import Experiment, Outcome, Spec, load
 from kvloom.evaluation.experiment_file import read
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
@@ -39,11 +40,22 @@ def _first_of_each_grid(experiment: Experiment) -> list[Outcome]:
     return list(found.values())
 
 
+def _light(spec: Spec) -> Spec:
+    """A few tokens one by one, one needle: that cells of this kind run does not take more."""
+    least = {"needles": min(1, spec.options.get("needles", 0))}
+    if "prefill" in spec.options:
+        least["tokens"] = spec.options["prefill"] + 12
+    own = {k: v for k, v in least.items() if k in spec.options}
+    return dataclasses.replace(spec, options=spec.options | own)
+
+
 def _run(path: Path, folder: Path, grids: set[str] | None = None) -> Experiment:
     experiment, fallbacks = read(path, "quick")
     wanted = {o.spec.grid for o in experiment.outcomes} if grids is None else grids
     experiment.outcomes = [o for o in _first_of_each_grid(experiment) if o.spec.grid in wanted]
     assert {o.spec.grid for o in experiment.outcomes} == wanted
+    for outcome in experiment.outcomes:
+        outcome.spec = _light(outcome.spec)
     return runner.run(experiment, fallbacks, folder)
 
 

@@ -70,8 +70,8 @@ def test_without_pages_tasks_are_not_answered(
 
 def quality(trained: tuple[Any, Any]) -> Quality:
     model, tokenizer = trained
-    document = texts.load("stdlib", tokenizer, 600)
-    protocol = Protocol(tokens=600, prefill=300, prefill_chunk=100, prefill_runs=1)
+    document = texts.load("stdlib", tokenizer, 460)
+    protocol = Protocol(tokens=460, prefill=400, prefill_chunk=100, prefill_runs=1)
     with torch.inference_mode():
         return measure.measure(
             model, document.ids, parse("int8"), None, protocol, lambda n: None
