@@ -310,3 +310,13 @@ def test_a_dense_cache_serves_one_model():
         other(tokens(5), past_key_values=cache)
     model(tokens(5), past_key_values=cache)
     assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("recent", [40, 900])
+def test_positions_that_nobody_keeps(recent):
+    """Whether there are pages already or not."""
+    model = build("llama")
+    cache = CompressedCache(model, f"streaming_llm(recent={recent})")
+    model(tokens(1100), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"keeps no positions.*track_positions=True"):
+        cache.positions(0)

@@ -244,3 +244,42 @@ def test_a_share_that_outgrows_one_piece_goes_on_in_pages(recipe):
         assert cache.nbytes <= cache.ceiling()
         pages.append(cache.stats().by_part["pages"])
     assert pages[0] == 0 < pages[-1]
+
+
+@pytest.mark.parametrize("recipe", ["recent", "recent | ada"])
+def test_rows_that_come_to_share_a_budget_leave_their_pages(recipe):
+    """As many rows again: none needs pages any more, and half-empty ones would not be within the budget."""
+    model, budget = build("llama"), 700 << 10
+    cache = CompressedCache(model, recipe, budget, track_positions=True)
+    model(tokens(1100), past_key_values=cache)
+    assert cache.stats().by_part["pages"] > 0
+    cache.batch_repeat_interleave(3)
+    for i in range(3):
+        model(tokens(1, rows=3, seed=i), past_key_values=cache)
+        assert cache.nbytes <= cache.ceiling() <= budget
+    assert cache.stats().by_part["pages"] == 0
+    for row in cache.positions(1):
+        for kept in row:
+            assert kept == list(range(1103 - len(kept), 1103)) and len(kept) > 200
+
+
+def test_unequal_tails_stay_packed_after_crop_and_reorder():
+    model = build("llama")
+    cache = CompressedCache(model, "h2o | lazy(every=16) | weighted(heads=(1.0, 0.2))", "300tok")
+    model(tokens(500, rows=2), past_key_values=cache)
+    model(tokens(3, rows=2), past_key_values=cache)
+    assert cache.stats().slack == 0  # a short head does not hold the room of a long one
+    cache.crop(-2)
+    assert cache.nbytes <= cache.ceiling()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.nbytes <= cache.ceiling()
+
+
+def test_no_row_keeps_the_room_of_a_longer_one_that_is_gone():
+    model = build("llama")
+    cache = CompressedCache(model, "recent | weighted(heads=(1.0, 0.2))", "300tok")
+    ids, mask = left_padded([500, 7])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert cache.nbytes <= cache.ceiling()

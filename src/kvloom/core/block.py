@@ -106,6 +106,12 @@ class Block:
         """Slots per head, allocated or (if packed) to be."""
         return self.longest if self._flat is not None else self._keys.shape[2]
 
+    @property
+    def free(self) -> int:
+        """Allocated slots of all heads that no entry uses; none if packed."""
+        used = int(self.count.sum())
+        return 0 if self._flat is not None else self.count.numel() * self.capacity - used
+
     def tensors(self) -> list[Tensor]:
         """What is held; looking at it does not unpack."""
         if self._flat is not None:

@@ -364,6 +364,12 @@ class PagePool:
         self.stuck = self.stuck[index.to("cpu")]
         self.recount(index.numel())
 
+    def clear(self) -> None:
+        """Forget all pages."""
+        self.slabs = []
+        self.recount()
+        self.stuck, self.newest = torch.zeros_like(self.pages), torch.zeros_like(self.pages)
+
     def recount(self, rows: int | None = None) -> None:
         """Add up pages and live slots over the slabs."""
         shape = (self.pages.shape[0] if rows is None else rows, self.pages.shape[1])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core import fit
-from kvloom.core.attend import Call, attend, attention_mass
+from kvloom.core.attend import Call, attend
 from kvloom.core.block import GRANULE, Block
 from kvloom.core.budget import CellCost
 from kvloom.core.compaction import compact
@@ -15,10 +15,11 @@ from kvloom.core.format import PAGE
 from kvloom.core.forward import Counters, Forward, Sealing, last_valid
 from kvloom.core.merge import Memory
 from kvloom.core.native import Native
+from kvloom.core.observe import observe
 from kvloom.core.pages import PagePool
-from kvloom.core.plan import QUERIES, LayerPlan
-from kvloom.core.policy import Policy, Queries
+from kvloom.core.plan import LayerPlan
 from kvloom.core.slab import Slab
+from kvloom.core.view import unsealed
 
 REFRESH = 16  # a growing budget is worked out again at multiples of this many tokens
 
@@ -209,7 +210,7 @@ class LayerStore:
         """
         self.sealing = None
         new = None if forward.in_tail else forward.without_newest(drop)
-        self._observe(forward, new)
+        observe(self, forward, new)
         self.seen = self.seen + forward.tokens
         self.since = self.since + forward.tokens[:, None]
         if new is None:
@@ -221,44 +222,6 @@ class LayerStore:
             pending = self.tail.join(self._pin(new))
         self._settle(pending, forward)
         self.tail.pack()
-
-    def _observe(self, forward: Forward, new: Block | None) -> None:
-        """Let the scorer see this forward's queries and attention, and update all slot state."""
-        scorer = self.plan.recipe.scorer
-        if scorer is None:
-            return
-        if self.plan.remembers:
-            self.memory = scorer.remember(self.memory, self._queries(forward, scorer))
-        merger = self.plan.merger
-        if merger is not None and merger.needs & QUERIES:
-            queries = self._queries(forward, merger)
-            self.merger_memory = merger.remember(self.merger_memory, queries)
-        if not self.plan.observes:
-            return
-        assert forward.lse is not None
-        received = attention_mass(self, forward.call, new, forward.lse)
-        start = 0
-        holders: list[tuple[dict[str, Tensor], int]] = [
-            (slab.meta, slab.pages * PAGE) for slab in self.pool.slabs
-        ]
-        holders += [(self.tail.meta, self.tail.longest)]
-        holders += [] if new is None else [(new.meta, new.longest)]
-        for meta, n in holders:
-            column = {"attention_mass": received[:, :, start : start + n]}
-            state = {name: meta[name][:, :, :n] for name in scorer.state_names}
-            for name, x in scorer.observe(state, column).items():
-                meta[name][:, :, :n] = x
-            start += n
-
-    def _queries(self, forward: Forward, policy: Policy) -> Queries:
-        states, positions = forward.call.query, forward.positions
-        if "pre_rope_queries" in policy.needs:
-            assert self.plan.rope is not None
-            states = self.plan.rope.unrotate(states, positions[:, None, None])
-        valid = forward.columns
-        if valid is None:
-            valid = torch.ones_like(positions, dtype=torch.bool)
-        return Queries(states, positions, valid.to(states.device))
 
     def _pin(self, new: Block) -> Block:
         """Move the first tokens of each row into the sinks; returns the rest."""
@@ -299,7 +262,10 @@ class LayerStore:
         if capacity is not None:
             pending = compress_if_due(self, pending, forward, capacity)
             limit = self._page_limit(capacity)
-        pages = self._full_pages(pending, capacity)
+            self._judge(capacity)
+            if self._needless_pages():
+                pending = unsealed(self, pending)
+        pages = self._full_pages(pending)
         if pages is not None:
             try:
                 self._seal(pending, pages, limit, forward)
@@ -309,19 +275,27 @@ class LayerStore:
         elif pending is not self.tail:
             self._keep(pending, min(pending.longest + 1, max(pending.longest, self._room)))
 
-    def _full_pages(self, exact: Block, capacity: Tensor | None) -> Tensor | None:
+    def _judge(self, capacity: Tensor) -> None:
+        """Note which cells need no pages, once for each `capacity`."""
+        if not self.plan.unpaged or self._unpaged_for is capacity:
+            return
+        self._unpaged, self._unpaged_for = self.plan.unpaged_cells(capacity), capacity
+        peak = self.plan.recipe.schedule.peak(capacity)
+        self._room = int(peak.max()) - self.plan.sinks if bool(self._unpaged.all()) else 0
+
+    def _needless_pages(self) -> bool:
+        """Whether cells that need no pages have some."""
+        if not self.plan.unpaged or not self.pool.slabs:
+            return False
+        return bool((self.pool.pages[self._unpaged] > 0).any())
+
+    def _full_pages(self, exact: Block) -> Tensor | None:
         """How many pages of each cell can be sealed, host `[B, H]`; None if that is none."""
-        if exact.longest < PAGE + self.plan.format.residual:
+        if exact.longest < PAGE + self.plan.format.residual or self._room:
             return None
         pages = (exact.count - self.plan.format.residual).clamp_min(0) // PAGE
-        if not self.plan.unpaged or capacity is None:
+        if not self.plan.unpaged:
             return pages
-        if self._unpaged_for is not capacity:
-            self._unpaged, self._unpaged_for = self.plan.unpaged_cells(capacity), capacity
-            peak = self.plan.recipe.schedule.peak(capacity)
-            self._room = int(peak.max()) - self.plan.sinks if bool(self._unpaged.all()) else 0
-        if self._room:
-            return None
         pages = pages.masked_fill(self._unpaged, 0)
         return pages if bool((pages > 0).any()) else None
 
@@ -407,6 +381,9 @@ class LayerStore:
         self._capacity = None if stale or self._capacity is None else self._capacity[host]
         self._capacity_at, self._unpaged_for = self._capacity_at[host], None
         self.pool.rows(index)
+        if self.tail.size is not None and self.tail.capacity > self.tail.size + GRANULE:
+            self.tail = self.tail.owned(self.tail.size)  # the longest rows are gone
+        self.tail.pack()
 
     def settled(self) -> None:
         """The forward has ended in every layer: nobody will want it taken back."""
@@ -463,3 +440,4 @@ class LayerStore:
         if self.plan.merger is not None:
             self.merger_memory = self.plan.merger.forget(self.merger_memory, n)
         self.seen, self.since = self.seen - n, self.since - n
+        self.tail.pack()

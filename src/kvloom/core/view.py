@@ -103,12 +103,25 @@ def dense_of(store: LayerStore) -> tuple[Tensor, Tensor] | None:
     return take_slots(keys, order), take_slots(values, order)
 
 
+def unsealed(store: LayerStore, exact: Block) -> Block:
+    """Everything exact again, `exact` last, and no pages: more rows share a budget in bytes than when they
+    were sealed, and some heads need none any more.
+    """
+    held = entries_of(store, exact)
+    unknown = torch.full_like(held.valid, -1, dtype=torch.int32)  # positions that no page keeps
+    meta = {name: held.meta.get(name, unknown) for name in store.plan.meta}
+    slots = torch.full_like(exact.count, held.valid.shape[2])
+    everything = Block(held.keys, held.values, slots, meta)
+    store.pool.clear()
+    return everything.keep(held.valid)
+
+
 def kept_positions(store: LayerStore) -> list[list[list[int]]]:
     """Original positions of the entries kept, `[row][head]`, in order; sinks first.
 
     Raises ValueError if the recipe keeps no positions.
     """
-    if not store.plan.positions:
+    if not (store.plan.slot_positions or store.plan.base_positions):
         raise ValueError(
             f"recipe '{store.plan.recipe}' keeps no positions: construct the cache with "
             "track_positions=True"

@@ -176,8 +176,7 @@ def _slack(store: LayerStore) -> int:
     plan, pool = store.plan, store.pool
     room = sum(slab.size for slab in pool.slabs) * PAGE
     live = int(pool.live.sum())
-    free_tail = store.tail.count.numel() * store.tail.capacity - int(store.tail.count.sum())
-    return int(max(0, room - live) * plan.cost.page / PAGE + free_tail * plan.cost.exact_slot)
+    return int(max(0, room - live) * plan.cost.page / PAGE + store.tail.free * plan.cost.exact_slot)
 
 
 def collect_stats(cache: CompressedCache) -> CacheStats:
