@@ -167,7 +167,14 @@ def captured(layer, call, key, value):
     return out, again
 
 
-@pytest.mark.parametrize("recipe", ["int4", "streaming_llm(sinks=4) | int4"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "streaming_llm(sinks=4) | int4",
+        "h2o(sinks=2) | int8",
+        "mp_kvm(max_centroids=6, positions='positionless')",
+    ],
+)
 def test_a_step_waits_for_nothing(recipe):
     layer = started(recipe)
     with NoWaiting():
