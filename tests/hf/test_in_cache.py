@@ -137,9 +137,9 @@ AttentionInterface.register("slot_reference", slot_attention)
 AttentionMaskInterface.register("slot_reference", eager_mask)
 
 
-FORMATS = ["dense(unpaged=0)", "int4"]
-CASES = [  # every family in every mode, in formats by turns; the other half is the full product's
-    pytest.param(family, mode, fmt, marks=[pytest.mark.full] if (i + j + k) % 2 else [])
+FORMATS = ["dense", "dense(unpaged=0)", "int4"]
+CASES = [  # every family in every mode, in formats by turns; the rest is the full product's
+    pytest.param(family, mode, fmt, marks=[pytest.mark.full] if (i + j + k) % 3 else [])
     for i, family in enumerate(FAMILIES)
     for j, mode in enumerate(MODES)
     for k, fmt in enumerate(FORMATS)

@@ -37,6 +37,15 @@ def why_not(store: LayerStore) -> str | None:
     return paged.why_unread(store)
 
 
+def longest_tail(store: LayerStore) -> int:
+    """How many entries of a head the exact tail may come to hold between forwards."""
+    plan, capacity = store.plan, store.capacity()
+    page = plan.format.residual + triton_backend.PAGE
+    if capacity is None or not bool(plan.unpaged_cells(capacity).any()):
+        return page
+    return max(page, plan.unpaged * (plan.heads if plan.pools else 1))
+
+
 class FixedLayer:
     """A layer's store, and what a step reads and writes.
 
@@ -61,10 +70,7 @@ class FixedLayer:
         self.softcap: float | None = None
         self.host = paged.Paged()
         self.pages: Pages | None = None
-        most = max(
-            store.tail.longest, store.plan.format.residual + triton_backend.PAGE, store.plan.unpaged
-        )
-        self._allocate(most + steps)
+        self._allocate(max(store.tail.longest, longest_tail(store)) + steps)
         self.refresh()
         self.number = id(self)
         _LAYERS[self.number] = self

@@ -118,9 +118,16 @@ class LayerPlan:
         return self.format.in_place and not self.evicts and not self.meta
 
     @cached_property
+    def overshoot(self) -> int:
+        """How many entries beyond its capacity a head may hold, by the schedule."""
+        return int(self.recipe.schedule.peak(torch.zeros(1, dtype=torch.int64)))
+
+    @cached_property
     def unpaged(self) -> int:
-        """Up to how many entries, sinks aside, a head holds without pages."""
-        return self.format.unpaged if self.format.in_place and self.bounded else 0
+        """Up to how many entries, sinks aside, a head holds without pages at its peak."""
+        if not (self.format.in_place and self.bounded and self.format.unpaged):
+            return 0
+        return self.format.unpaged + self.overshoot
 
     def unpaged_cells(self, capacity: Tensor) -> Tensor:
         """Which cells of `capacity [B, H]` never need a page: host bool `[B, H]`.
@@ -283,8 +290,7 @@ class LayerPlan:
     @cached_property
     def least(self) -> int:
         """The fewest entries per head that a budget in bytes stands for: one granule at its peak."""
-        extra = int(self.recipe.schedule.peak(torch.zeros(1, dtype=torch.int64)))
-        return self.sinks + max(1, GRANULE - extra)
+        return self.sinks + max(1, GRANULE - self.overshoot)
 
     def capacity(self, seen: Tensor) -> Tensor | None:
         """C, entries per head and row: host int64 `[B, H]`; None if nothing is evicted.
@@ -321,8 +327,7 @@ class LayerPlan:
         Rows are worked out one by one, so that a row keeps the same entries in any batch.
         """
         cells = row_bytes * self.shares[self.layer] / self.shares.sum()
-        extra = int(self.recipe.schedule.peak(torch.zeros(1, dtype=torch.int64)))
-        return (self.cost.solve(cells) - extra).clamp_min(self.least)
+        return (self.cost.solve(cells) - self.overshoot).clamp_min(self.least)
 
     def floor(self) -> int:
         """The least bytes of the whole cache for one row: `least` entries in every head."""

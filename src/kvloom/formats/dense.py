@@ -18,9 +18,9 @@ class Dense(PageFormat):
     Attributes:
         rope: `"post"` stores keys as attention uses them, `"pre"` before rotation (they are
             rotated when they are read), which costs one rounding to the model's dtype.
-        unpaged: where entries may leave, heads that never hold more than this (sinks aside) are kept
+        unpaged: where entries may leave, heads whose capacity is at most this (sinks aside) are kept
             in one piece instead of in pages: copying them at each compression costs little, no page
-            is half empty, and a small budget is used to the last 16 entries. 0: always pages.
+            is half empty, and a small budget is used to the last 16 entries. 0: always pages, as with `rope="pre"`.
     """
 
     rope: str = "post"
