@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,17 @@ def _first_of_each_grid(experiment: Experiment) -> list[Outcome]:
 
 
 def _light(spec: Spec) -> Spec:
-    """A few tokens one by one, one needle: that cells of this kind run does not take more."""
-    least = {"needles": min(1, spec.options.get("needles", 0))}
-    if "prefill" in spec.options:
-        least["tokens"] = spec.options["prefill"] + 12
-    own = {k: v for k, v in least.items() if k in spec.options}
-    return dataclasses.replace(spec, options=spec.options | own)
+    """A few tokens one by one, one needle or example, a short analysis, bytes matched in the first phase alone:
+    that cells of this kind run does not take more.
+    """
+    o = spec.options
+    least = {
+        "tokens": o.get("prefill", 0) + 12, "needles": min(1, o.get("needles", 0)),
+        "length": 320, "passage": 64, "equal_bytes": o.get("equal_bytes", False) and spec.phase == 1,
+    }  # fmt: skip
+    task = spec.task and re.sub(r"examples=\d+", "examples=1", spec.task)
+    own = {k: v for k, v in least.items() if k in o}
+    return dataclasses.replace(spec, task=task, options=o | own)
 
 
 def _run(path: Path, folder: Path, grids: set[str] | None = None) -> Experiment:
