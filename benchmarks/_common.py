@@ -18,6 +18,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: seconds of work
 
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads

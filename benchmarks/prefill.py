@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from typing import Any
 
 import torch
-from _common import append_rows, benchmark_model, interleaved, paired_ratio, provenance
+from _common import CLOCKS, append_rows, benchmark_model, interleaved, paired_ratio, provenance
 from transformers import DynamicCache
 
 from kvloom import CompressedCache
 from kvloom.core.recipe import Recipe
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def measure(given: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Fill the tables of `docs/kernels.md` from `benchmarks/results/*.csv`: `make docs`.
 
-To measure anew, on a quiet machine: `benchmarks/cpu_attention.py` and `benchmarks/decode.py`. The newest
-row of each cell is shown.
+To measure anew, on a quiet machine: `benchmarks/cpu_attention.py`, `benchmarks/decode.py` and, in chunks,
+`benchmarks/prefill.py`. The newest row of each cell is shown; of decoding those of the newest commit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ GENERATE = """\
 | tokens | recipe | MB | ms per token | `DynamicCache` | ratio |
 |---:|---|---:|---:|---:|---:|
 """
+PREFILL = """\
+| tokens | chunk | recipe | seconds | x `DynamicCache` |
+|---:|---:|---|---:|---:|
+"""
 Row = dict[str, str]
 
 
@@ -36,9 +40,26 @@ def newest(measured: list[Row], *names: str) -> list[Row]:
 
 
 def setting(measured: list[Row]) -> str:
-    said = {f"{r['machine']}, {r['threads']} threads, torch {r['torch']}" for r in measured}
+    clocks = {"wall": "", "cpu": ", seconds of work"}
+    said = {
+        f"{r['machine']}, {r['threads']} thread{'s'[: r['threads'] != '1']}{clocks[r.get('clock', 'wall')]}, torch {r['torch']}"
+        for r in measured
+    }
     commits = sorted({r["commit"] for r in measured})
     return f"{'; '.join(sorted(said))}; kvloom {', '.join(commits)}:\n\n"
+
+
+def settings(measured: list[Row]) -> list[list[Row]]:
+    """Rows that were measured alike, those of the newest commit."""
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for row in measured:
+        alike.setdefault((row["threads"], row["clock"]), []).append(row)
+    return [[r for r in some if r["commit"] == some[-1]["commit"]] for some in alike.values()]
+
+
+def generate_table(measured: list[Row]) -> str:
+    lines = newest(measured, "model", "context", "recipe")
+    return setting(lines) + GENERATE + "".join(map(generate_line, lines))
 
 
 def step_line(row: Row) -> str:
@@ -58,29 +79,45 @@ def step_line(row: Row) -> str:
 
 
 def generate_line(row: Row) -> str:
+    shape = "" if row["model"] == "small" else f", {row['model'].upper()}"
+    stock = row["recipe"] in ("no past", "quanto 4 bits")
     cells = [
-        f"{int(row['context']):,}",
-        f"`{row['recipe']}`",
-        f"{int(row['nbytes']) / 1e6:.1f}",
-        row["ours_ms"],
-        row["dynamic_ms"],
+        f"{int(row['context']):,}{shape}",
+        row["recipe"] if stock else f"`{row['recipe']}`".replace("|", r"\|"),
+        "" if row["nbytes"] == "0" else f"{int(row['nbytes']) / 1e6:.1f}",
+        f"{float(row['ours_ms']):.1f}",
+        f"{float(row['dynamic_ms']):.1f}",
         f"{float(row['ratio_median']):.2f}",
     ]
     return f"| {' | '.join(cells)} |\n"
 
 
-def filled(page: str, steps: list[Row], generated: list[Row]) -> str:
+def prefill_line(row: Row) -> str:
+    cells = [
+        f"{int(row['context']):,}",
+        row["chunk"],
+        f"`{row['recipe']}`",
+        row["seconds"],
+        f"{float(row['ratio_to_dynamic']):.2f}",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def filled(page: str, steps: list[Row], generated: list[Row], prefills: list[Row]) -> str:
     """A page with everything between the two marks made anew."""
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     steps = newest(steps, "machine", "dtype", "tokens", "width", "batch", "recipe")
-    last = generated[-1]["commit"] if generated else ""
-    generated = newest([r for r in generated if r["commit"] == last], "context", "recipe")
+    chunked = [r for r in prefills if r["chunk"] != r["context"]]
+    chunked = newest(chunked, "context", "chunk", "recipe")
     made = setting(steps) + STEP + "".join(map(step_line, steps)) + "\n"
-    made += setting(generated) + GENERATE + "".join(map(generate_line, generated))
+    made += "\n".join(map(generate_table, settings(generated)))
+    if chunked:
+        made += "\n" + setting(chunked) + PREFILL + "".join(map(prefill_line, chunked))
     return before + START + made + END + after
 
 
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(filled(text, rows("cpu_attention"), rows("decode")), encoding="utf-8")
+    tables = [rows(name) for name in ("cpu_attention", "decode", "prefill")]
+    PAGE.write_text(filled(text, *tables), encoding="utf-8")

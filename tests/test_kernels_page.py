@@ -20,7 +20,8 @@ def script() -> ModuleType:
 def test_the_tables_are_made_from_the_rows(script: ModuleType) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
     assert page.count(script.START) == page.count(script.END) == 1
-    made = script.filled(page, script.rows("cpu_attention"), script.rows("decode"))
+    tables = [script.rows(name) for name in ("cpu_attention", "decode", "prefill")]
+    made = script.filled(page, *tables)
     assert page == made, "run `make docs` and commit docs/kernels.md"
 
 
@@ -28,6 +29,6 @@ def test_a_newer_row_replaces_the_older(script: ModuleType) -> None:
     steps, generated = script.rows("cpu_attention"), script.rows("decode")
     page = script.PAGE.read_text(encoding="utf-8")
     other = {**steps[-1], "ms": "12345.678"}
-    made = script.filled(page, [*steps, other], generated)
+    made = script.filled(page, [*steps, other], generated, script.rows("prefill"))
     assert made.count("12345.68") == 1
     assert made.count("\n") == page.count("\n")
