@@ -3,18 +3,22 @@
     python benchmarks/merging.py --part mergers
     python benchmarks/merging.py --part ablation
 
-Each recipe reads the same documents (the context at once, then token by token through the cache, in
-lockstep with a full cache) and answers the same retrieval tasks, at the same budget in bytes. A line of
-docs/results/merging/PART.jsonl holds one recipe at one budget with its figures per document and task, so
-that differences are paired; `docs/make_merging.py` makes table and figure. Lines that are there are not
-measured again.
+Each recipe reads the same documents (the context at once, then token by token through the cache; a full
+cache has read the same) and answers the same retrieval tasks, at the same budget in bytes. Documents are
+the rows of one batch, and so are the contexts of tasks: rows do not touch each other (tests/contract), and
+together they are clustered in a fraction of the time. A line of docs/results/merging/PART.jsonl holds one
+recipe at one budget with its figures per document and task, so that differences are paired;
+`docs/make_merging.py` makes table and figure. Lines that are there are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,11 +27,16 @@ from torch import Tensor
 
 from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
-from kvloom.evaluation import compare, identity, needles, texts
-from kvloom.evaluation.decoders import decoder_for, feed_prompt
+from kvloom.evaluation import answering, compare, identity, needles, texts
+from kvloom.evaluation.answering import Asked
+from kvloom.evaluation.decoders import CacheDecoder, WatchedCache
 from kvloom.evaluation.measure import Scores
+from kvloom.evaluation.tasks import needle
+from kvloom.hf.stats import CacheStats
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "merging"
+SIDE_BY_SIDE = 8  # contexts of tasks in one batch
+SETTING = ("context", "decode", "documents", "tasks", "dtype")
 SCORERS = ["snapkv", "h2o", "knorm"]
 MERGERS = [  # spelled out, so that no row changes its meaning with a default
     "", "nearest", "nearest(keys=True)", "mass_fold(weight='count')", "d2o", "refit",
@@ -65,49 +74,104 @@ def ablation_recipes() -> list[str]:
     return [BASE, *turned, "streaming_llm(positions='original')"]
 
 
+@dataclass
+class Reading:
+    """What the documents tell about one cache.
+
+    Attributes:
+        logits: `[D, n, V]` of the tokens fed singly. held: bytes per document after each of them.
+        stats, floor: of the cache in the end.
+    """
+
+    logits: Tensor
+    held: list[float]
+    stats: CacheStats
+    floor: int
+
+
 class Bench:
-    """The documents and tasks that all recipes share."""
+    """The documents and tasks that all recipes share.
 
-    def __init__(self, given: argparse.Namespace):
-        self.model, self.tokenizer = compare.load_model("testbed", given.dtype, "cpu")
-        self.context, self.decode = given.context, given.decode
-        length = given.context + given.decode
-        text = texts.load("stdlib", self.tokenizer, given.documents * length, filler=given.context)
-        self.documents = text.ids.view(given.documents, length)
-        self.tasks = needles.prepare(text.raw, self.tokenizer, given.tasks, given.context, seed=7)
-        self.dense = [self._dense(ids) for ids in self.documents]
+    Contexts of tasks are cut at the start to the length of the shortest.
+    """
 
-    def _dense(self, ids: Tensor) -> Tensor:
-        decoder = decoder_for(self.model, Recipe(), None)
-        feed_prompt(decoder, ids[: self.context], 0)
-        return decoder.feed(ids[self.context : -1], keep=self.decode - 1).half()
+    def __init__(self, context: int, decode: int, documents: int, tasks: int, dtype: str):
+        self.model, self.tokenizer = compare.load_model("testbed", dtype, "cpu")
+        self.context, length = context, context + decode
+        text = texts.load("stdlib", self.tokenizer, documents * length, filler=context)
+        self.documents = text.ids.view(documents, length)
+        self.tasks = needles.prepare(text.raw, self.tokenizer, tasks, context, seed=7)
+        self.dense = self.read(Recipe(), None).logits
+
+    def _feed(self, cache: WatchedCache, ids: Tensor) -> Tensor:
+        """Logits `[B, V]` of the last of tokens `[B, n]`."""
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def read(
+        self, subject: Recipe, budget: Budget | None, documents: Tensor | None = None
+    ) -> Reading:
+        """The documents, or others, side by side through one cache."""
+        cache = WatchedCache(self.model, subject, budget)
+        ids = self.documents if documents is None else documents
+        self._feed(cache, ids[:, : self.context])
+        logits, held = [], []
+        for i in range(self.context, ids.shape[1] - 1):
+            logits.append(self._feed(cache, ids[:, i : i + 1]))
+            held.append(cache.nbytes / len(ids))
+        return Reading(torch.stack(logits, 1), held, cache.stats(), cache.floor())
+
+    def row(self, reading: Reading) -> dict[str, Any]:
+        """Figures per document."""
+        row: dict[str, Any] = {
+            "nll": [],
+            "dense_nll": [],
+            "kl": [],
+            "nbytes": [fmean(reading.held)],
+        }
+        for dense, own, ids in zip(self.dense, reading.logits, self.documents, strict=True):
+            scores = Scores()
+            scores.add(dense, own, ids[self.context + 1 :])
+            for name in ("nll", "dense_nll", "kl"):
+                row[name].append(fmean(getattr(scores, name)))
+        stats = reading.stats
+        return row | {"merged": stats.merged, "evicted": stats.evicted, "floor": reading.floor}
+
+    def right(self, subject: Recipe, budget: Budget | None) -> list[int]:
+        """Whether each task is answered, 1 or 0."""
+        shortest, found = min(len(task.context) for task in self.tasks), []
+        for start in range(0, len(self.tasks), SIDE_BY_SIDE):
+            tasks = self.tasks[start : start + SIDE_BY_SIDE]
+            cache = WatchedCache(self.model, subject, budget)
+            self._feed(cache, torch.stack([task.context[-shortest:] for task in tasks]))
+            found += [self._answered(cache, i, task) for i, task in enumerate(tasks)]
+        return found
+
+    def _answered(self, cache: WatchedCache, i: int, task: Asked) -> int:
+        own = copy.deepcopy(cache)
+        own.batch_select_indices(torch.tensor([i]))
+        decoder = CacheDecoder(self.model, own)
+        logits = decoder.feed(task.question)
+        text = answering.answer(self.model, self.tokenizer, decoder, logits, task.example)
+        return int(needle.Needle().score(task.example, text) == 1)
 
     def measure(self, recipe: str, budget: str | None) -> dict[str, Any]:
+        """Figures per document and task."""
         subject, parsed = Recipe.parse(recipe), None if budget is None else Budget.parse(budget)
-        row: dict[str, Any] = {"nll": [], "kl": [], "nbytes": [], "merged": 0, "evicted": 0}
-        for ids, dense in zip(self.documents, self.dense, strict=True):
-            decoder = decoder_for(self.model, subject, parsed)
-            feed_prompt(decoder, ids[: self.context], 0)
-            logits, held = [], []
-            for i in range(self.context, len(ids) - 1):
-                logits.append(decoder.feed(ids[i : i + 1])[-1])
-                held.append(decoder.nbytes())
-            scores = Scores()
-            scores.add(dense.float(), torch.stack(logits), ids[self.context + 1 :])
-            row["nll"].append(sum(scores.nll) / len(scores.nll))
-            row["kl"].append(sum(scores.kl) / len(scores.kl))
-            row["nbytes"].append(sum(held) / len(held))
-            stats = decoder.cache.stats()
-            row["merged"], row["evicted"] = (
-                row["merged"] + stats.merged,
-                row["evicted"] + stats.evicted,
-            )
-            row["floor"] = decoder.cache.floor()
-        row["right"] = [
-            int(needles.answered(self.model, self.tokenizer, subject, parsed, task))
-            for task in self.tasks
-        ]
-        return row
+        return self.row(self.read(subject, parsed)) | {"right": self.right(subject, parsed)}
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results; none if there is no file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def said(recipe: str, row: dict[str, Any]) -> str:
+    """A line for whoever waits."""
+    figures = f"nll {fmean(row['nll']):.4f}, KL {fmean(row['kl']):.4f}, {sum(row['right'])}/{len(row['right'])}"
+    return f"{recipe}: {figures}, {fmean(row['nbytes']) / 1024:.0f} KiB"
 
 
 def main() -> None:
@@ -125,17 +189,16 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{given.part}.jsonl"
-    setting = {k: v for k, v in vars(given).items() if k in ("context", "decode", "documents", "tasks", "dtype")}  # fmt: skip
-    lines = path.read_text().splitlines() if path.exists() else []
+    setting = {k: v for k, v in vars(given).items() if k in SETTING}
     source = identity.environment(torch.device("cpu")).source_sha256
     held = {
         (r["recipe"], r["budget"])
-        for r in map(json.loads, lines)
+        for r in lines_of(path)
         if r["setting"] == setting and r["source_sha256"] == source
     }
     recipes = given.only or (merger_recipes() if given.part == "mergers" else ablation_recipes())
     with torch.inference_mode():
-        bench = Bench(given)
+        bench = Bench(**setting)
         cells: list[tuple[str, str | None]] = [(r, b) for b in given.budgets for r in recipes]
         for recipe, budget in cells if given.only else [("none", None), *cells]:
             if (recipe, budget) in held:
@@ -146,10 +209,7 @@ def main() -> None:
             line = {"recipe": recipe, "budget": budget, "setting": setting, **where, **row}
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            n = len(row["nll"])
-            print(f"{budget} {recipe}: nll {sum(row['nll']) / n:.4f}, KL {sum(row['kl']) / n:.4f}, "
-                  f"{sum(row['right'])}/{len(row['right'])}, {sum(row['nbytes']) / n / 1024:.0f} KiB",
-                  flush=True)  # fmt: skip
+            print(f"{budget} {said(recipe, row)}", flush=True)
 
 
 if __name__ == "__main__":

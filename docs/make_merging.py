@@ -6,7 +6,6 @@ The rows are those of `benchmarks/merging.py` (paired differences) and of `bench
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -23,38 +22,38 @@ from matplotlib import pyplot as plt
 
 from kvloom.core import registry
 from kvloom.evaluation.equal import TOLERANCE
-from kvloom.evaluation.ledger import Ledger
-from kvloom.evaluation.results import Row
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from _pages import filled
 from merge_sweep import FRACTIONS
-from merging import BASE, ablation_recipes, merger_recipes
+from merge_sweep import PATH as SWEEP
+from merging import BASE, ablation_recipes, lines_of, merger_recipes
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "merging.md"
-SWEEP = RESULTS / "merging" / "sweep"
 DRAWS = 4000  # bootstrap resamples
 Cell = tuple[str, str | None]  # recipe, budget
 
 
 def lines(part: str) -> list[dict[str, Any]]:
     """The last line of each recipe, budget and state of the sources, in the order of measuring."""
-    path = RESULTS / "merging" / f"{part}.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = {(_cell(r), r["source_sha256"]): r for r in map(json.loads, text.splitlines())}
-    return list(found.values())
+    rows = lines_of(RESULTS / "merging" / f"{part}.jsonl")
+    return list({(_cell(r), r["source_sha256"]): r for r in rows}.values())
 
 
 def _cell(row: dict[str, Any]) -> Cell:
     return row["recipe"], row["budget"]
 
 
-def latest(found: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
-    """The last of each recipe and budget; recipes as in `order`, others behind."""
+def latest(
+    found: list[dict[str, Any]], order: list[str], name_of: Callable[[str], str]
+) -> list[dict[str, Any]]:
+    """The last of each recipe and budget, and bases at each number of bytes that they were measured to
+    hold; recipes as in `order`, others behind.
+    """
     rank = {recipe: i for i, recipe in enumerate(order)}
-    rows = {_cell(r): r for r in found}.values()
-    return sorted(rows, key=lambda r: rank.get(r["recipe"], len(rank)))
+    rows = {(_cell(r), name_of(r["recipe"]) == r["recipe"] and round(_held(r))): r for r in found}
+    return sorted(rows.values(), key=lambda r: rank.get(r["recipe"], len(rank)))
 
 
 def interval(differences: list[float]) -> tuple[float, float, float]:
@@ -94,7 +93,7 @@ def paired_table(part: str, order: list[str], name_of: Callable[[str], str]) -> 
         "needles | needles against base |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in latest(found, order):
+    for row in latest(found, order, name_of):
         base = base_of(row, found, name_of(row["recipe"]))
         if row["budget"] is not None and base is not None:
             out.append("| " + " | ".join(_cells(row, base)) + " |")
@@ -152,39 +151,44 @@ def _shown(mean: float, low: float, high: float, digits: int) -> str:
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def sweep_rows() -> list[Row]:
-    """The last measured row of every recipe at every fraction."""
-    found = {(r.subject.recipe, fraction(r)): r for r in all_sweep_rows()}
+def sweep_rows() -> list[dict[str, Any]]:
+    """The last line of each recipe at each fraction."""
+    found = {(row["recipe"], row["percent"]): row for row in lines_of(SWEEP)}
     return list(found.values())
 
 
-def all_sweep_rows() -> list[Row]:
-    """Those of every protocol and state of the sources, in the order of measuring."""
-    return list(Ledger(SWEEP).rows.values()) if SWEEP.exists() else []
+def share(row: dict[str, Any]) -> float:
+    """Percent of a dense cache in the model's dtype that was held, on average over the tokens fed singly."""
+    return 100 * _held(row) / float(row["dense"])
 
 
-def share(row: Row) -> float:
-    """Percent of a dense cache in the model's dtype that was held, on average over the tokens decoded."""
-    b = row.bytes
-    return 100 * b.compressed_mean / b.dense_mean * b.dense / b.dtype_dense
-
-
-def fraction(row: Row) -> float:
-    """Percent of a dense cache in the model's dtype that was asked for; budgets are against 16 bits."""
-    if row.subject.budget is None:
-        return 100.0
-    return float(row.subject.budget.rstrip("%")) * row.bytes.dense / row.bytes.dtype_dense
-
-
-def method(row: Row) -> str:
+def method(row: dict[str, Any]) -> str:
     """The recipe; mp_kvm by its centroids' share of the entries, since it has other numbers of them at
     each fraction.
     """
-    number = re.fullmatch(r"mp_kvm\(max_centroids=(\d+)\)", row.subject.recipe)
+    number = re.fullmatch(r"mp_kvm\(max_centroids=(\d+)\)", row["recipe"])
     if number is None:
-        return row.subject.recipe
-    part = int(number[1]) / (row.protocol.tokens * fraction(row) / 100)
+        return str(row["recipe"])
+    length = row["setting"]["context"] + row["setting"]["decode"]
+    part = int(number[1]) / (length * row["percent"] / 100)
     return f"mp_kvm, {round(10 * part) * 10} % centroids"
+
+
+def answers(row: dict[str, Any]) -> tuple[int, int]:
+    """Tasks answered, and how many there are; the first rows of the sweep do not tell which."""
+    right = row.get("right")
+    return (row["answered"], row["setting"]["tasks"]) if right is None else (sum(right), len(right))
+
+
+def recall(row: dict[str, Any]) -> float:
+    """In percent."""
+    right, count = answers(row)
+    return 100 * right / count
+
+
+def perplexity(row: dict[str, Any]) -> float:
+    """Of all documents' tokens that were fed singly."""
+    return math.exp(fmean(row["nll"]))
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -202,29 +206,41 @@ def sweep_table() -> str:
     if not found:
         return "Not measured yet."
     out = [
-        "| fraction | recipe | held | of it without live entries | perplexity | KL (nats) | needles | 95 % |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| fraction | recipe | held | of it without live entries | documents | perplexity | KL (nats) | "
+        "KL against streaming_llm | needles | 95 % |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in sorted(found, key=lambda r: (-fraction(r), r.subject.recipe)):
-        b, q = row.bytes, row.quality
-        off = share(row) / fraction(row) - 1
-        note = f" ({off:+.0%})" if row.subject.budget and abs(off) > TOLERANCE / 2 else ""
-        low, high = wilson(q.needles_right, q.needles)
-        recipe = row.subject.recipe.replace("|", "\\|")
-        out.append(
-            f"| {fraction(row):g} % | `{recipe}` | {share(row):.2f} %{note} | "
-            f"{b.slack / max(1, b.final):.0%} | {q.decode_perplexity:.2f} | {abs(q.kl or 0):.3f} | "
-            f"{q.needles_right}/{q.needles} | {low:.0f} to {high:.0f} % |"
-        )
+    base = {row["percent"]: row for row in found if row["recipe"] == "streaming_llm"}
+    for row in sorted(found, key=lambda r: (-(r["percent"] or 100), r["recipe"])):
+        out.append("| " + " | ".join(_sweep_cells(row, base.get(row["percent"]))) + " |")
     made = (
-        ((r.subject.recipe, r.subject.budget), r.environment.source_sha256, r.environment.git or "",
-         [r.quality.kl or 0.0, r.quality.decode_perplexity or 0.0])
-        for r in all_sweep_rows()
-    )  # fmt: skip
-    there = {round(fraction(row), 6) for row in found}
+        (
+            (r["recipe"], str(r["percent"])),
+            r["source_sha256"],
+            r["commit"],
+            [*r["kl"], answers(r)[0]],
+        )
+        for r in found
+    )
+    there = {row["percent"] for row in found}
     missing = [f"{f:g} %" for f in FRACTIONS if f not in there]
     out += ["", sources_note(made)]
     return "\n".join(out + ([f"Not measured yet: {', '.join(missing)}."] if missing else []))
+
+
+def _sweep_cells(row: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
+    off = share(row) / row["percent"] - 1 if row["percent"] else 0
+    note = f" ({off:+.0%})" if abs(off) > TOLERANCE / 2 else ""
+    right, count = answers(row)
+    low, high = wilson(right, count)
+    against = ""
+    if base is not None and base is not row and 1 < len(row["kl"]) == len(base["kl"]):
+        against = _shown(*_paired(row["kl"], base["kl"]), 3)
+    return [
+        f"{row['percent'] or 100:g} %", f"`{row['recipe']}`", f"{share(row):.2f} %{note}", f"{row['slack']:.0%}", str(len(row["kl"])),
+        f"{perplexity(row):.2f}", f"{abs(fmean(row['kl'])):.3f}", against, f"{right}/{count}",
+        f"{low:.0f} to {high:.0f} %",
+    ]  # fmt: skip
 
 
 def draw_sweep() -> None:
@@ -233,27 +249,20 @@ def draw_sweep() -> None:
     if not found:
         return
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    full = next((r for r in found if r.subject.budget is None), None)
-    names = dict.fromkeys(method(r) for r in found if r.subject.budget is not None)
+    full = next((row for row in found if row["percent"] is None), None)
+    some = [row for row in found if row["percent"] is not None]
     colours = plt.get_cmap("tab10")
-    for i, name in enumerate(names):
-        mine = sorted((r for r in found if r.subject.budget and method(r) == name), key=share)
-        held = [share(r) for r in mine]
+    for i, name in enumerate(dict.fromkeys(map(method, sorted(some, key=method)))):
+        mine = sorted((row for row in some if method(row) == name), key=share)
+        held = [share(row) for row in mine]
         style = {
-            "color": colours(i),
-            "marker": "osD^vPX*"[i % 8],
-            "ms": 5,
-            "lw": 1.4,
-            "label": name,
-        }
-        axes[0].plot(
-            held, [100 * r.quality.needles_right / r.quality.needles for r in mine], **style
-        )
-        axes[1].plot(held, [r.quality.decode_perplexity for r in mine], **style)
-    if full is not None and full.quality.decode_perplexity is not None:
-        found_all = 100 * full.quality.needles_right / full.quality.needles
-        axes[0].axhline(found_all, color="0.5", ls=":", lw=1, label="full cache")
-        axes[1].axhline(full.quality.decode_perplexity, color="0.5", ls=":", lw=1)
+            "color": colours(i), "marker": "osD^vPX*"[i % 8], "ms": 5, "lw": 1.4, "label": name
+        }  # fmt: skip
+        axes[0].plot(held, [recall(row) for row in mine], **style)
+        axes[1].plot(held, [perplexity(row) for row in mine], **style)
+    if full is not None:
+        axes[0].axhline(recall(full), color="0.5", ls=":", lw=1, label="full cache")
+        axes[1].axhline(perplexity(full), color="0.5", ls=":", lw=1)
     for ax, label in zip(axes, ("needles found (%)", "perplexity, token by token"), strict=True):
         ax.set_xscale("log")
         ax.set_xlabel("bytes held (% of a dense cache)")
