@@ -57,13 +57,18 @@ NOTHING = "Not measured yet."
 Row = dict[str, Any]
 
 
+def lines(folder: str) -> list[Row]:
+    """All that was measured, in every setting."""
+    path = RESULTS / folder / "results.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def rows(folder: str) -> list[Row]:
     """The last line of every recipe in the newest setting, in the order of measuring; none if nothing
     was measured.
     """
-    path = RESULTS / folder / "results.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    held = [json.loads(line) for line in text.splitlines()]
+    held = lines(folder)
     newest = max(held, key=lambda row: str(row["measured_at"]))["setting"] if held else None
     return list({name(row): row for row in held if row["setting"] == newest}.values())
 
