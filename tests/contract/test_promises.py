@@ -38,6 +38,18 @@ EVICTING = [*EACH, *PAIRS]
 ALL = [*registered("format"), *EVICTING]
 
 
+def by_turns(settings: list, of: int) -> list:
+    """Every evicting recipe in one of `of` of the settings; the full product has them in all."""
+    cases = []
+    for i, recipe in enumerate(EVICTING):
+        text, marks = (recipe, ()) if isinstance(recipe, str) else (*recipe.values, recipe.marks)
+        for j, setting in enumerate(settings):
+            later = [pytest.mark.full] if (i + j) % of else []
+            name = "-".join([*map(str, setting), recipes.short(text)])
+            cases.append(pytest.param(text, *setting, marks=[*marks, *later], id=name))
+    return cases
+
+
 def make(model, recipe, budget=f"{CAPACITY}tok", **kw):
     parsed = Recipe.parse(recipe)
     takes = parsed.evicts and parsed.scorer.capacity is None
@@ -86,8 +98,7 @@ def test_left_padded_equals_unpadded_and_rows_are_independent(recipe):
     _check_rows(recipe, "entries")
 
 
-@pytest.mark.parametrize("recipe", EVICTING, ids=recipes.short)
-@pytest.mark.parametrize("kind", ["bytes", "percent"])
+@pytest.mark.parametrize(("recipe", "kind"), by_turns([("bytes",), ("percent",)], 2))
 def test_rows_share_a_budget_in_bytes_without_touching_each_other(recipe, kind):
     _check_rows(recipe, kind)
 
@@ -135,9 +146,10 @@ def _alone(model, cache, ids, mask, n):
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize("recipe", EVICTING, ids=recipes.short)
-@pytest.mark.parametrize("kind", recipes.BUDGETS)
-@pytest.mark.parametrize("second", [400, 260])
+@pytest.mark.parametrize(
+    ("recipe", "kind", "second"),
+    by_turns([(kind, second) for second in (400, 260) for kind in recipes.BUDGETS], 3),
+)
 def test_ceiling_holds_after_every_forward(recipe, kind, second):
     model = build("llama")
     budget = recipes.budget_for(model, recipe, kind, rows=2, tokens=400)
@@ -161,8 +173,7 @@ def _check_lengths(store):
     assert bool((held <= peak).all()), (held, peak)
 
 
-@pytest.mark.parametrize("recipe", EVICTING, ids=recipes.short)
-@pytest.mark.parametrize("share", [30, 75])
+@pytest.mark.parametrize(("recipe", "share"), by_turns([(30,), (75,)], 2))
 def test_a_percentage_is_of_a_16_bit_dense_cache(recipe, share):
     model = build("llama", dtype=torch.bfloat16)
     cache = CompressedCache(model, recipe, f"{share}%")
