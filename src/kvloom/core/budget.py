@@ -87,7 +87,7 @@ class CellCost:
         dense_slot: bytes of a token in a 16-bit dense cache.
         shrinks: whether a cell may come to hold less than it once sealed, as where heads pool their
             budget: then even a few entries may occupy a page.
-        unpaged: up to how many entries, sinks aside, a cell needs no pages (`LayerPlan.unpaged_cells`).
+        unpaged: up to how many entries, sinks aside, a cell needs no pages.
     """
 
     sinks: int
@@ -122,7 +122,7 @@ class CellCost:
         reserved = (
             self.sinks * self.exact_slot + self.centroids * self.centroid_slot + self.overhead
         )
-        if self.shrinks and not paged and self._few(peaks):
+        if self.shrinks and not paged and bool(self.unpaged_cells(peaks).all()):
             return int(len(free) * reserved + sum(self._exact_nbytes(n) for n in free))
         if largest is not None:
             shared = self._shared_nbytes(sum(free), largest - self.sinks, len(free))
@@ -133,10 +133,15 @@ class CellCost:
         total = sum(cells[n] for n in free) + len(free) * (reserved + wide * self.page_meta)
         return int(total)
 
-    def _few(self, peaks: Tensor) -> bool:
-        """Whether the cells of each row (the last axis) together need no pages."""
-        rows = (peaks - self.sinks).reshape(-1, peaks.shape[-1])
-        return bool((rows.sum(1) // rows.shape[1] <= self.unpaged).all())
+    def unpaged_cells(self, peaks: Tensor) -> Tensor:
+        """Which cells need no pages at these `peaks [..., H]`: bool of the same shape.
+
+        Heads that share their budget are judged together, since any of them may hold most of it.
+        """
+        free = peaks - self.sinks
+        if self.shrinks:
+            free = free.sum(-1, keepdim=True).expand_as(free) // free.shape[-1]
+        return free <= self.unpaged
 
     def _paged(self, n: int) -> bool:
         return self.shrinks or n > self.unpaged

@@ -130,14 +130,8 @@ class LayerPlan:
         return self.format.unpaged + self.overshoot
 
     def unpaged_cells(self, capacity: Tensor) -> Tensor:
-        """Which cells of `capacity [B, H]` never need a page: host bool `[B, H]`.
-
-        Heads that share their budget are judged together, since any of them may hold most of it.
-        """
-        free = self.recipe.schedule.peak(capacity) - self.sinks
-        if self.pools:
-            free = free.sum(1, keepdim=True).expand_as(free) // self.heads
-        return free <= self.unpaged
+        """Which cells of `capacity [B, H]` never need a page: host bool `[B, H]`."""
+        return self.cost.unpaged_cells(self.recipe.schedule.peak(capacity))
 
     @cached_property
     def drops_oldest(self) -> bool:

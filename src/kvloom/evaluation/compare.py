@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from kvloom import testbed
-from kvloom.core.budget import Budget
 from kvloom.core.recipe import Recipe
 from kvloom.evaluation import answering, disjoint, identity, matching, measure, needles, texts
 from kvloom.evaluation.decoders import decoder_for
 from kvloom.evaluation.ledger import Ledger
-from kvloom.evaluation.results import Matched, Model, Protocol, Row
+from kvloom.evaluation.results import Model, Protocol, Row
 from kvloom.evaluation.subjects import Cell
 from kvloom.hf import load
 
@@ -77,10 +76,14 @@ class Bench:
     def measure(self, cell: Cell, progress: Progress) -> Row:
         """Measure one cell."""
         start = time.perf_counter()
+        ids, protocol = self.document.ids, self.protocol
         with torch.inference_mode():
-            given, matched = self._given(cell)
+            given, matched = matching.given(
+                cell,
+                lambda b, target: measure.probe(self.model, ids, cell.subject, b, target, protocol),
+            )
             found = measure.measure(
-                self.model, self.document.ids, cell.subject, given, self.protocol, progress.advance
+                self.model, ids, cell.subject, given, protocol, progress.advance
             )
             right = 0
             for needle in self.needles:
@@ -105,16 +108,6 @@ class Bench:
             timing=found.timing,
             counts=found.counts,
             series=found.series,
-        )
-
-    def _given(self, cell: Cell) -> tuple[Budget | None, Matched | None]:
-        """The budget that the cell's cache is given, and how it was matched, if it was."""
-        target = cell.budget
-        if target is None or not cell.equal_bytes:
-            return target, None
-        ids, protocol = self.document.ids, self.protocol
-        return matching.match(
-            target, lambda b: measure.probe(self.model, ids, cell.subject, b, target, protocol)
         )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from kvloom.core.budget import Budget
 from kvloom.evaluation.equal import TOLERANCE
 from kvloom.evaluation.results import Matched
+from kvloom.evaluation.subjects import Cell
 
 WITHIN = TOLERANCE / 2
 TRIES = 6
@@ -42,6 +43,16 @@ def check(budget: Budget) -> None:
         raise ValueError(
             f"equal_bytes: budget {str(budget)!r} counts entries; write a share or bytes"
         )
+
+
+def given(
+    cell: Cell, probe: Callable[[Budget, Budget], Probe]
+) -> tuple[Budget | None, Matched | None]:
+    """The budget that a cell's caches are given, and how it was matched, if it was; `probe(budget, target)`."""
+    target = cell.budget
+    if target is None or not cell.equal_bytes:
+        return target, None
+    return match(target, lambda budget: probe(budget, target))
 
 
 def match(target: Budget, probe: Callable[[Budget], Probe]) -> tuple[Budget, Matched]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from kvloom.core.budget import Budget
 from kvloom.evaluation import answering, identity, matching, tasks, texts
 from kvloom.evaluation.compare import Progress
 from kvloom.evaluation.measure import allowed
-from kvloom.evaluation.results import Matched, Model
+from kvloom.evaluation.results import Model
 from kvloom.evaluation.subjects import Cell
 from kvloom.evaluation.task_results import SCHEMA, VERSION, TaskFacts, TaskRow
 
@@ -68,7 +67,12 @@ class TaskBench:
         """Measure one cell."""
         start = time.perf_counter()
         with torch.inference_mode():
-            given, matched = self._given(cell)
+            given, matched = matching.given(
+                cell,
+                lambda b, target: answering.probe(
+                    self.model, cell.subject, b, target, self.prepared, self.chunk
+                ),
+            )
             held, counts, answers = answering.measure(
                 self.model, self.tokenizer, cell.subject, given, self.prepared, self.chunk,
                 progress.advance,
@@ -84,18 +88,6 @@ class TaskBench:
             bytes=dataclasses.replace(held, allowed=allowed(cell.budget, held.dense_mean)),
             counts=counts,
             answers=answers,
-        )
-
-    def _given(self, cell: Cell) -> tuple[Budget | None, Matched | None]:
-        """The budget that the cell's caches are given, and how it was matched, if it was."""
-        target = cell.budget
-        if target is None or not cell.equal_bytes:
-            return target, None
-        return matching.match(
-            target,
-            lambda b: answering.probe(
-                self.model, cell.subject, b, target, self.prepared, self.chunk
-            ),
         )
 
 
