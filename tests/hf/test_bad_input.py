@@ -136,6 +136,25 @@ def test_nan_on_an_accelerator_is_found_at_the_next_synchronisation():
     flagged.raise_bad()  # said once
 
 
+def test_generate_notices_what_an_accelerator_flagged():
+    """The flag is put where a device would leave it; without padding there is no mask to wait for."""
+    model = build("llama")
+    cache = CompressedCache(model, "h2o | int4", "90tok")
+
+    def flag(module, inputs, out):
+        if out.shape[1] == 1:
+            cache.context.bad[torch.device("cpu")] = torch.tensor(True)
+
+    spoil = model.model.layers[0].self_attn.k_proj.register_forward_hook(flag)
+    with pytest.raises(ValueError, match=r"NaN or Inf.*call reset\(\)"):
+        model.generate(tokens(100), past_key_values=cache, max_new_tokens=40, do_sample=False)
+    spoil.remove()
+    assert cache.get_seq_length() == 112
+    cache.reset()
+    model(tokens(100), past_key_values=cache)
+    _usable(model, cache, "h2o | int4")
+
+
 @pytest.mark.parametrize("recipe", ["h2o", "streaming_llm"])
 def test_4d_mask_with_an_evicting_recipe(recipe):
     model = build("llama")

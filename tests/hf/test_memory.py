@@ -63,7 +63,7 @@ def test_chunked_prefill_of_32k_tokens(recipe, long_model, monkeypatch):
     assert cache.get_seq_length() == 32 * 1024
 
 
-@pytest.mark.parametrize("fmt", ["dense(unpaged=0)", "int4", "int4_channel"])
+@pytest.mark.parametrize("fmt", ["dense", "dense(unpaged=0)", "int4", "int4_channel"])
 def test_freed_memory_is_free(fmt):
     """Evict 90 %: what is left is the ideal plus the slack that the design names."""
     model = build("llama")
@@ -261,6 +261,22 @@ def test_rows_that_come_to_share_a_budget_leave_their_pages(recipe):
     for row in cache.positions(1):
         for kept in row:
             assert kept == list(range(1103 - len(kept), 1103)) and len(kept) > 200
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int4_channel", "kvquant", "dense(unpaged=0)"])
+def test_rows_too_short_for_a_page_leave_the_ones_they_have(fmt):
+    """The floor for ten rows, all of which have the pages of the one that had it for itself."""
+    model, recipe = build("llama"), f"h2o | {fmt}"
+    budget = 10 * CompressedCache(model, recipe, "50%").floor()
+    cache = CompressedCache(model, recipe, budget)
+    model(tokens(400), past_key_values=cache)
+    paged = cache.stats().by_part["pages"]
+    assert paged > 0
+    cache.batch_repeat_interleave(10)
+    for i in range(70):
+        model(tokens(1, rows=10, seed=i), past_key_values=cache)
+        assert cache.nbytes <= cache.ceiling() <= budget
+    assert cache.stats().by_part["pages"] == 0
 
 
 def test_unequal_tails_stay_packed_after_crop_and_reorder():

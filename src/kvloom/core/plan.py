@@ -125,9 +125,12 @@ class LayerPlan:
     @cached_property
     def unpaged(self) -> int:
         """Up to how many entries, sinks aside, a head holds without pages at its peak."""
-        if not (self.format.in_place and self.bounded and self.format.unpaged):
+        if not self.bounded:
             return 0
-        return self.format.unpaged + self.overshoot
+        # heads that do not share their budget: too few entries to fill a page
+        never = 0 if self.pools else PAGE + self.format.residual - 1
+        exact = self.format.unpaged if self.format.in_place else 0
+        return max(never, exact + self.overshoot if exact else 0)
 
     def unpaged_cells(self, capacity: Tensor) -> Tensor:
         """Which cells of `capacity [B, H]` never need a page: host bool `[B, H]`."""

@@ -15,6 +15,8 @@ from kvloom.core.store import LayerStore
 from kvloom.hf import attention
 from kvloom.hf.rope import attention_modules, decoder_of
 
+CHECKED_EVERY = 16  # tokens without a mask; asking an accelerator means waiting for it
+
 
 class Host:
     """The model behind a cache. Copies of a cache share it; the model is held weakly."""
@@ -71,6 +73,8 @@ class Context:
         opened_at: length at which the forward on its way began; None between forwards.
         other_elements: numbers that layers which are not compressed hold per row, at most.
         last: index of the model's last layer, whose commit ends a forward.
+        bad: per accelerator, whether a NaN or Inf went in. checked: when it was last asked, in units of
+            `CHECKED_EVERY` tokens.
         committed: stores of the layers that have committed the forward on its way.
     """
 
@@ -88,6 +92,7 @@ class Context:
     last: int = 0
     other_elements: int = 0
     bad: dict[torch.device, Tensor] = field(default_factory=dict)
+    checked: int = 0
     committed: list[LayerStore] = field(default_factory=list)
 
     def end_forward(self) -> None:
@@ -105,9 +110,12 @@ class Context:
         """Take the validity of the new columns from a 2D mask `[B, seen + new]`.
 
         `held` `[B]`: how many valid tokens each row has had. Raises ValueError if the mask is too
-        short, or says otherwise of the past.
+        short, or says otherwise of the past, and see `raise_bad`.
         """
         self.masked_at, self.columns = seen, None
+        if seen and (mask is not None or seen // CHECKED_EVERY != self.checked):
+            self.raise_bad()  # a mask is waited for in any case
+            self.checked = seen // CHECKED_EVERY
         if mask is None:
             return
         if mask.shape[-1] < seen + new:
@@ -130,7 +138,7 @@ class Context:
         return self.columns if self.masked_at == seen else None
 
     def check_finite(self, keys: Tensor, values: Tensor) -> None:
-        """Raise ValueError on NaN or Inf; on an accelerator at the next `raise_bad`."""
+        """Raise ValueError on NaN or Inf; on an accelerator in the next `raise_bad`."""
         if keys.device.type != "cpu":
             flag = ~(torch.isfinite(keys).all() & torch.isfinite(values).all())
             held = self.bad.get(keys.device)
@@ -147,9 +155,8 @@ class Context:
         """Wait for the device and raise ValueError if a NaN or Inf went in since the last call."""
         flags, self.bad = self.bad, {}
         if any(bool(flag) for flag in flags.values()):
-            raise ValueError(
-                _NOT_FINITE.format(name="keys or values", shape="since the last check")
-            )
+            said = _NOT_FINITE.format(name="keys or values", shape="since the last check")
+            raise ValueError(f"{said}. They are in the cache: call reset()")
 
 
 _NOT_FINITE = (
