@@ -110,5 +110,5 @@ def interleaved(
 def paired_ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile of the ratios a/b of the same round."""
     ratios = [x / y for x, y in zip(a, b, strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4)
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
     return statistics.median(ratios), quartiles[0], quartiles[2]
