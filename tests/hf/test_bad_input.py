@@ -126,14 +126,16 @@ def test_interrupted_forward_is_taken_back():
 def test_nan_on_an_accelerator_is_found_at_the_next_synchronisation():
     """No wait per token there: a flag is kept on the device and read later."""
     flagged = Context.__new__(Context)
-    flagged.bad = {}
+    flagged.bad, flagged.fresh = {}, {}
     keys = torch.zeros(1, 1, 1, 2, device="meta")
     flagged.check_finite(keys, keys)
-    assert list(flagged.bad) == [keys.device]
+    assert list(flagged.fresh) == [keys.device] and not flagged.bad  # until the forward has ended
     flagged.bad = {torch.device("cpu"): torch.tensor(True)}
-    with pytest.raises(ValueError, match="NaN or Inf"):
-        flagged.raise_bad()
-    flagged.raise_bad()  # said once
+    for _ in range(2):  # and again until they are gone
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            flagged.raise_bad()
+    flagged.forget_bad()
+    flagged.raise_bad()
 
 
 def test_generate_notices_what_an_accelerator_flagged():
@@ -143,7 +145,7 @@ def test_generate_notices_what_an_accelerator_flagged():
 
     def flag(module, inputs, out):
         if out.shape[1] == 1:
-            cache.context.bad[torch.device("cpu")] = torch.tensor(True)
+            cache.context.fresh[torch.device("cpu")] = torch.tensor(True)
 
     spoil = model.model.layers[0].self_attn.k_proj.register_forward_hook(flag)
     with pytest.raises(ValueError, match=r"NaN or Inf.*call reset\(\)"):

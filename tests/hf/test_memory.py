@@ -279,6 +279,67 @@ def test_rows_too_short_for_a_page_leave_the_ones_they_have(fmt):
     assert cache.stats().by_part["pages"] == 0
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "every=32, rule='paper'",
+        "every=8, slack=4, rule='paper', max_drop=16",
+        "every=8, rule='final'",
+    ],
+)
+def test_rows_that_multiply_do_not_wait_for_the_schedule(schedule):
+    """Their budget is a tenth from one token to the next: whoever holds more than its peak is compressed."""
+    model, recipe = build("llama"), f"h2o | lazy({schedule}) | int4"
+    budget = 20 * CompressedCache(model, recipe, "50%").floor()
+    cache = CompressedCache(model, recipe, budget)
+    model(tokens(400), past_key_values=cache)
+    assert cache.stats().by_part["pages"] > 0
+    cache.batch_repeat_interleave(10)
+    for i in range(40):
+        model(tokens(1, rows=10, seed=i), past_key_values=cache)
+        assert cache.nbytes <= cache.ceiling() <= budget
+
+
+def _keys_by_position(store, row, head):
+    held = entries_of(store)
+    at = zip(
+        held.positions[row, head].tolist(), held.keys[row, head], held.valid[row, head], strict=True
+    )
+    return {position: key for position, key, valid in at if valid}
+
+
+@pytest.mark.parametrize("fmt", ["int2", "kivi", "streaming_kvquant"])
+def test_heads_that_keep_their_pages_are_not_encoded_again(fmt):
+    """A budget at which, for three rows, one head needs no pages any more and another still does."""
+    model, recipe = build("llama"), f"h2o | weighted(heads=(1.0, 0.25)) | {fmt}"
+
+    def pages_of(rows):
+        """Which of the two heads have pages: capacity enough to have filled one or two."""
+        plan = cache.layers[0].store.plan
+        capacity = plan.capacity(torch.zeros(rows, dtype=torch.int64))[0]
+        return (capacity - plan.sinks - plan.format.residual > (96 if rows == 1 else 63)).tolist()
+
+    for kib in range(240, 2400, 20):
+        cache = CompressedCache(model, recipe, f"{kib}KiB", track_positions=True)
+        model(tokens(4), past_key_values=cache)
+        if pages_of(1) == [True, True] and pages_of(3) == [True, False]:
+            break
+    model(tokens(696), past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    store = cache.layers[0].store
+    before, pages = _keys_by_position(store, 1, 0), store.pool.pages.clone()
+    model(tokens(1, rows=3), past_key_values=cache)
+    after = _keys_by_position(store, 1, 0)
+    assert (
+        (pages > 0).all()
+        and (store.pool.pages[:, 0] > 0).all()
+        and not store.pool.pages[:, 1].any()
+    )
+    shared = before.keys() & after.keys()
+    assert len(shared) > 100 and all(torch.equal(before[p], after[p]) for p in shared)
+    assert cache.nbytes <= cache.ceiling()
+
+
 def test_unequal_tails_stay_packed_after_crop_and_reorder():
     model = build("llama")
     cache = CompressedCache(model, "h2o | lazy(every=16) | weighted(heads=(1.0, 0.2))", "300tok")

@@ -160,6 +160,8 @@ class CellCost:
         return math.ceil(worst)
 
     def _split_nbytes(self, n: int, tail: int) -> float:
+        if n < PAGE + self.residual and not self.shrinks:  # too few to fill a page
+            return self._exact_nbytes(n)
         slots = -(-tail // GRANULE) * GRANULE
         return slots * self.exact_slot + self._pages(n - tail) * self.page
 

@@ -55,12 +55,15 @@ def _target(
     if scorer.sets_target:
         target = torch.minimum(scorer.target(length, seen, new), length)
         return target, (target != length).any(1)
+    schedule = store.plan.recipe.schedule
+    peak = schedule.peak(capacity)
     if store.plan.pools:
         heads = length.shape[1]
-        length, capacity = length.sum(1, keepdim=True), capacity.sum(1, keepdim=True)
+        length, capacity, peak = (x.sum(1, keepdim=True) for x in (length, capacity, peak))
         since = since.amin(1, keepdim=True)
-    schedule = store.plan.recipe.schedule
     target = schedule.target(length, capacity, seen, new, since, heads)
+    if store.plan.bounded:  # more rows may share a budget in bytes now: it does not wait
+        target = torch.where(target > peak, capacity, target)
     return target, (target != length).any(1)
 
 

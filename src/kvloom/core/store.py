@@ -56,8 +56,11 @@ class LayerStore:
         self.counters = Counters()
         self.native = Native()
         self._capacity: Tensor | None = None
-        self._unpaged = none.bool()  # cells that need no pages, for the capacity `_unpaged_for`
-        self._unpaged_for: Tensor | None = None
+        self._exact = (
+            none  # up to how many entries cells need no pages, for the capacity `_exact_for`
+        )
+        self._exact_for: Tensor | None = None
+        self._some_exact = False
         self._room = 0  # of a tail that is all there is, at its longest
         self._capacity_at = self.seen
 
@@ -84,7 +87,7 @@ class LayerStore:
         """Every tensor that the layer holds, by what it is for."""
         codes, books = self.pool.parts()
         counters = [self.seen, self.since, self._one_each, self._one_slot, self.next_position]
-        counters += [self._unpaged, self._capacity_at]
+        counters += [self._exact, self._capacity_at]
         counters += [] if self._capacity is None else [self._capacity]
         before = [] if self.sealing is None else self.sealing.tail.tensors()
         return {
@@ -263,40 +266,55 @@ class LayerStore:
             pending = compress_if_due(self, pending, forward, capacity)
             limit = self._page_limit(capacity)
             self._judge(capacity)
-            if self._needless_pages():
-                pending = unsealed(self, pending)
-        pages = self._full_pages(pending)
+        spared = self._spared(pending)
+        fewer = spared is not None and bool((self.pool.pages[spared] > 0).any())
+        if spared is not None and fewer:
+            pending = unsealed(self, pending, spared)
+        pages = self._full_pages(pending, spared)
         if pages is not None:
             try:
                 self._seal(pending, pages, limit, forward)
             except Exception:  # a format failed: everything stays exact
                 self.tail = pending.owned(pending.longest)
                 raise
+            if fewer:  # the tail before has not what was in pages then
+                self.sealing = None
         elif pending is not self.tail:
             self._keep(pending, min(pending.longest + 1, max(pending.longest, self._room)))
 
     def _judge(self, capacity: Tensor) -> None:
-        """Note which cells need no pages, once for each `capacity`."""
-        if not self.plan.unpaged or self._unpaged_for is capacity:
+        """Note which cells need no pages, and up to how many entries, once for each `capacity`."""
+        if not self.plan.unpaged or self._exact_for is capacity:
             return
-        self._unpaged, self._unpaged_for = self.plan.unpaged_cells(capacity), capacity
-        peak = self.plan.recipe.schedule.peak(capacity)
-        self._room = int(peak.max()) - self.plan.sinks if bool(self._unpaged.all()) else 0
+        peak = self.plan.recipe.schedule.peak(capacity) - self.plan.sinks
+        self._exact = peak.masked_fill(~self.plan.unpaged_cells(capacity), -1)
+        self._exact_for = capacity
+        exact = self._exact >= 0
+        self._some_exact = bool(exact.any())
+        self._room = int(self._exact.max()) if bool(exact.all()) else 0
 
-    def _needless_pages(self) -> bool:
-        """Whether cells that need no pages have some."""
-        if not self.plan.unpaged or not self.pool.slabs:
-            return False
-        return bool((self.pool.pages[self._unpaged] > 0).any())
+    def _spared(self, exact: Block) -> Tensor | None:
+        """Cells that need no pages, now that `exact` is what is not in pages: host bool `[B, H]`; None if
+        nobody has or could fill one. A cell may have to wait for its schedule to become short enough.
+        """
+        if not self._some_exact or not (self.pool.slabs or self._fills_a_page(exact)):
+            return None
+        held, most = self.pool.live + exact.count, self._exact
+        if self.plan.pools:
+            held, most = (x.sum(-1, keepdim=True).expand_as(x) for x in (held, most))
+        return held <= most
 
-    def _full_pages(self, exact: Block) -> Tensor | None:
+    def _fills_a_page(self, exact: Block) -> bool:
+        return exact.longest >= PAGE + self.plan.format.residual and exact.longest > self._room
+
+    def _full_pages(self, exact: Block, spared: Tensor | None) -> Tensor | None:
         """How many pages of each cell can be sealed, host `[B, H]`; None if that is none."""
-        if exact.longest < PAGE + self.plan.format.residual or self._room:
+        if not self._fills_a_page(exact):
             return None
         pages = (exact.count - self.plan.format.residual).clamp_min(0) // PAGE
-        if not self.plan.unpaged:
+        if spared is None:
             return pages
-        pages = pages.masked_fill(self._unpaged, 0)
+        pages = pages.masked_fill(spared, 0)
         return pages if bool((pages > 0).any()) else None
 
     def _keep(self, exact: Block, capacity: int) -> None:
@@ -379,7 +397,7 @@ class LayerStore:
         shared_out = self.plan.budget is not None and self.plan.budget.kind == "bytes"
         stale = self._capacity is None or (shared_out and self._capacity.shape[0] != len(host))
         self._capacity = None if stale or self._capacity is None else self._capacity[host]
-        self._capacity_at, self._unpaged_for = self._capacity_at[host], None
+        self._capacity_at, self._exact_for = self._capacity_at[host], None
         self.pool.rows(index)
         if self.tail.size is not None and self.tail.capacity > self.tail.size + GRANULE:
             self.tail = self.tail.owned(self.tail.size)  # the longest rows are gone

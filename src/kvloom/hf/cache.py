@@ -125,6 +125,7 @@ class CompressedCache(Cache):
         start, self.context.opened_at = self.context.opened_at, None
         if start is None:
             return
+        self.context.fresh.clear()
         self._take_back(start)
         self.context.settle()
 
@@ -182,7 +183,7 @@ class CompressedCache(Cache):
         super().reset()
         self._broken = self.context.opened_at = self.context.columns = None
         self.context.masked_at = -1
-        self.context.bad.clear()
+        self.context.forget_bad()
 
     # -- sizes -----------------------------------------------------------------------------------
 

@@ -73,8 +73,8 @@ class Context:
         opened_at: length at which the forward on its way began; None between forwards.
         other_elements: numbers that layers which are not compressed hold per row, at most.
         last: index of the model's last layer, whose commit ends a forward.
-        bad: per accelerator, whether a NaN or Inf went in. checked: when it was last asked, in units of
-            `CHECKED_EVERY` tokens.
+        bad: per accelerator, whether a NaN or Inf went in; fresh: in the forward on its way. checked: when
+            that was last asked, in units of `CHECKED_EVERY` tokens.
         committed: stores of the layers that have committed the forward on its way.
     """
 
@@ -92,12 +92,16 @@ class Context:
     last: int = 0
     other_elements: int = 0
     bad: dict[torch.device, Tensor] = field(default_factory=dict)
+    fresh: dict[torch.device, Tensor] = field(default_factory=dict)
     checked: int = 0
     committed: list[LayerStore] = field(default_factory=list)
 
     def end_forward(self) -> None:
         """The last layer has committed: the forward is whole, and its mask is no longer news."""
         self.opened_at, self.masked_at = None, -1
+        for device, flag in self.fresh.items():
+            self.bad[device] = self.bad[device] | flag if device in self.bad else flag
+        self.fresh.clear()
         self.settle()
 
     def settle(self) -> None:
@@ -112,10 +116,10 @@ class Context:
         `held` `[B]`: how many valid tokens each row has had. Raises ValueError if the mask is too
         short, or says otherwise of the past, and see `raise_bad`.
         """
-        self.masked_at, self.columns = seen, None
         if seen and (mask is not None or seen // CHECKED_EVERY != self.checked):
             self.raise_bad()  # a mask is waited for in any case
             self.checked = seen // CHECKED_EVERY
+        self.masked_at, self.columns = seen, None
         if mask is None:
             return
         if mask.shape[-1] < seen + new:
@@ -141,8 +145,8 @@ class Context:
         """Raise ValueError on NaN or Inf; on an accelerator in the next `raise_bad`."""
         if keys.device.type != "cpu":
             flag = ~(torch.isfinite(keys).all() & torch.isfinite(values).all())
-            held = self.bad.get(keys.device)
-            self.bad[keys.device] = flag if held is None else held | flag
+            held = self.fresh.get(keys.device)
+            self.fresh[keys.device] = flag if held is None else held | flag
             return
         total = float(keys.sum()) + float(values.sum())
         if total - total == 0.0:  # finite
@@ -152,11 +156,16 @@ class Context:
                 raise ValueError(_NOT_FINITE.format(name=name, shape=tuple(x.shape)))
 
     def raise_bad(self) -> None:
-        """Wait for the device and raise ValueError if a NaN or Inf went in since the last call."""
-        flags, self.bad = self.bad, {}
-        if any(bool(flag) for flag in flags.values()):
-            said = _NOT_FINITE.format(name="keys or values", shape="since the last check")
+        """Wait for the device and raise ValueError if a NaN or Inf went in since the last `forget_bad`."""
+        if any(bool(flag) for flag in self.bad.values()):
+            said = _NOT_FINITE.format(name="keys or values", shape="of an earlier forward")
             raise ValueError(f"{said}. They are in the cache: call reset()")
+
+    def forget_bad(self) -> None:
+        """Nothing is in the cache any more."""
+        self.bad.clear()
+        self.fresh.clear()
+        self.checked = 0
 
 
 _NOT_FINITE = (
