@@ -296,7 +296,8 @@ def test_killed_at_random_moments_the_rows_are_the_same(
 ) -> None:
     # cells enough for every kill to find some left
     windows = [f'"streaming_llm(recent={n})"' for n in range(14, 14 + 2 * times)]
-    file.write_text(file.read_text().replace('"streaming_llm(recent=24)"', ", ".join(windows)))
+    longer = file.read_text().replace("tokens = 44", "tokens = 100")
+    file.write_text(longer.replace('"streaming_llm(recent=24)"', ", ".join(windows)))
     run(file, tmp_path / "whole")
     _kills(file, tmp_path / "killed", times)
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
