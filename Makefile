@@ -20,8 +20,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo 'make demo         compares a few recipes on the bundled model (1 to 3 minutes); ends with a figure'
 	@echo 'make test         the tests (a few minutes on 2 cores)'
-	@echo 'make test-all     the full product of families, modes, policies and formats (half an'
-	@echo '                  hour on 2 cores); SHARD=i/n runs part i of n, on as many machines'
+	@echo 'make test-all     the full product of families, modes, policies and formats (about two'
+	@echo '                  hours on 2 cores); SHARD=i/n runs part i of n, on as many machines'
 	@echo 'make test-oldest  a part of the tests on the oldest supported transformers'
 	@echo 'make test-kernels the CPU kernels with sanitizers, those for AVX-512 emulated'
 	@echo 'make peers        kvloom beside kvpress: kept entries, bytes, time per token'
