@@ -151,7 +151,7 @@ def test_generate_notices_what_an_accelerator_flagged():
     with pytest.raises(ValueError, match=r"NaN or Inf.*call reset\(\)"):
         model.generate(tokens(100), past_key_values=cache, max_new_tokens=40, do_sample=False)
     spoil.remove()
-    assert cache.get_seq_length() == 112
+    assert 100 < cache.get_seq_length() <= 112  # at once where generate always makes a mask (5.17)
     cache.reset()
     model(tokens(100), past_key_values=cache)
     _usable(model, cache, "h2o | int4")

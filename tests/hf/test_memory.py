@@ -300,6 +300,20 @@ def test_rows_that_multiply_do_not_wait_for_the_schedule(schedule):
         assert cache.nbytes <= cache.ceiling() <= budget
 
 
+@pytest.mark.parametrize(
+    "recipe", ["h2o | pyramid", "h2o | pyramid | int4", "h2o | weighted(heads=(1.0, 0.01))"]
+)
+@pytest.mark.parametrize("times", [1.0, 1.3, 2.5])
+def test_unequal_layers_and_heads_stay_within_a_budget_near_the_floor(recipe, times):
+    """Who cannot afford the least on its share gets it, and the others pay."""
+    model = build("llama")
+    budget = int(times * CompressedCache(model, recipe, "1MiB").floor(2))
+    cache = CompressedCache(model, recipe, budget)
+    for at in [tokens(300, rows=2), *tokens(40, rows=2, seed=1).split(1, 1)]:
+        model(at, past_key_values=cache)
+        assert cache.nbytes <= cache.ceiling() <= budget
+
+
 def _keys_by_position(store, row, head):
     held = entries_of(store)
     at = zip(

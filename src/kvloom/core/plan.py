@@ -323,13 +323,32 @@ class LayerPlan:
 
         Rows are worked out one by one, so that a row keeps the same entries in any batch.
         """
-        cells = row_bytes * self.shares[self.layer] / self.shares.sum()
+        cells = self._cell_bytes(row_bytes)[self.layer]
         return (self.cost.solve(cells) - self.overshoot).clamp_min(self.least)
+
+    def _cell_bytes(self, row_bytes: float) -> Tensor:
+        """A row's bytes for each (layer, head), by their shares; none gets less than `least` entries cost, which
+        the others pay.
+        """
+        shares, least = self.shares, self._least_bytes / self.heads
+        short = torch.zeros_like(shares, dtype=torch.bool)
+        cells = row_bytes * shares / shares.sum()
+        while bool((cells < least).any()):
+            short |= cells < least
+            if bool(short.all()):
+                break
+            free = row_bytes - least * int(short.sum())
+            cells = torch.where(short, least, free * shares / shares[~short].sum())
+        return cells
 
     def floor(self) -> int:
         """The least bytes of the whole cache for one row: `least` entries in every head."""
-        least = self.layers * self.fullest.ceiling(torch.full((1, self.heads), self.least))
-        return least + self.other_nbytes
+        return self.layers * self._least_bytes + self.other_nbytes
+
+    @cached_property
+    def _least_bytes(self) -> int:
+        """Of a layer with `least` entries in every head."""
+        return self.fullest.ceiling(torch.full((1, self.heads), self.least))
 
     @property
     def other_nbytes(self) -> int:
