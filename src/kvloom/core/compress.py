@@ -55,14 +55,15 @@ def _target(
     if scorer.sets_target:
         target = torch.minimum(scorer.target(length, seen, new), length)
         return target, (target != length).any(1)
-    schedule = store.plan.recipe.schedule
-    peak = schedule.peak(capacity)
+    schedule, heads_capacity = store.plan.recipe.schedule, capacity
     if store.plan.pools:
         heads = length.shape[1]
-        length, capacity, peak = (x.sum(1, keepdim=True) for x in (length, capacity, peak))
+        length, capacity = length.sum(1, keepdim=True), capacity.sum(1, keepdim=True)
         since = since.amin(1, keepdim=True)
     target = schedule.target(length, capacity, seen, new, since, heads)
-    if store.plan.bounded:  # more rows may share a budget in bytes now: it does not wait
+    if store.plan.shared_out and store.plan.bounded:  # with more rows than before, it does not wait
+        peak = schedule.peak(heads_capacity)
+        peak = peak.sum(1, keepdim=True) if store.plan.pools else peak
         target = torch.where(target > peak, capacity, target)
     return target, (target != length).any(1)
 

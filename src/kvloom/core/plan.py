@@ -127,10 +127,11 @@ class LayerPlan:
         """Up to how many entries, sinks aside, a head holds without pages at its peak."""
         if not self.bounded:
             return 0
-        # heads that do not share their budget: too few entries to fill a page
-        never = 0 if self.pools else PAGE + self.format.residual - 1
-        exact = self.format.unpaged if self.format.in_place else 0
-        return max(never, exact + self.overshoot if exact else 0)
+        # too few to fill a page, where heads do not share their budget
+        few = 0 if self.pools else PAGE + self.format.residual - 1
+        if not (self.format.in_place and self.format.unpaged):
+            return few
+        return max(few, self.format.unpaged + self.overshoot)
 
     def unpaged_cells(self, capacity: Tensor) -> Tensor:
         """Which cells of `capacity [B, H]` never need a page: host bool `[B, H]`."""
@@ -284,6 +285,11 @@ class LayerPlan:
         sets = self.recipe.scorer is not None and self.recipe.scorer.sets_target
         return sets or (self.budget is not None and self.budget.kind == "share")
 
+    @property
+    def shared_out(self) -> bool:
+        """Whether rows divide a fixed number of bytes, so that what may stay falls when they multiply."""
+        return self.budget is not None and self.budget.kind == "bytes"
+
     @cached_property
     def least(self) -> int:
         """The fewest entries per head that a budget in bytes stands for: one granule at its peak."""
@@ -307,7 +313,7 @@ class LayerPlan:
             return self._scaled(int(self.budget.amount) - self.centroids, shares).expand(
                 len(seen), -1
             )
-        if self.budget.kind == "bytes":
+        if self.shared_out:
             row = self.budget.amount / len(seen) - self.other_nbytes
             return self._affordable(row).expand(len(seen), -1)
         dense = self.cost.dense_slot * self.layers * self.heads

@@ -19,7 +19,7 @@ from kvloom.core.observe import observe
 from kvloom.core.pages import PagePool
 from kvloom.core.plan import LayerPlan
 from kvloom.core.slab import Slab
-from kvloom.core.view import unsealed
+from kvloom.core.unpaged import Unpaged, unsealed
 
 REFRESH = 16  # a growing budget is worked out again at multiples of this many tokens
 
@@ -56,12 +56,7 @@ class LayerStore:
         self.counters = Counters()
         self.native = Native()
         self._capacity: Tensor | None = None
-        self._exact = (
-            none  # up to how many entries cells need no pages, for the capacity `_exact_for`
-        )
-        self._exact_for: Tensor | None = None
-        self._some_exact = False
-        self._room = 0  # of a tail that is all there is, at its longest
+        self._unpaged = Unpaged(none)
         self._capacity_at = self.seen
 
     def _no_centroids(self) -> Block:
@@ -87,7 +82,7 @@ class LayerStore:
         """Every tensor that the layer holds, by what it is for."""
         codes, books = self.pool.parts()
         counters = [self.seen, self.since, self._one_each, self._one_slot, self.next_position]
-        counters += [self._exact, self._capacity_at]
+        counters += [self._unpaged.most, self._capacity_at]
         counters += [] if self._capacity is None else [self._capacity]
         before = [] if self.sealing is None else self.sealing.tail.tensors()
         return {
@@ -265,10 +260,10 @@ class LayerStore:
         if capacity is not None:
             pending = compress_if_due(self, pending, forward, capacity)
             limit = self._page_limit(capacity)
-            self._judge(capacity)
+            self._unpaged.judge(self.plan, capacity)
         spared = self._spared(pending)
-        fewer = spared is not None and bool((self.pool.pages[spared] > 0).any())
-        if spared is not None and fewer:
+        leaves = spared is not None and bool((self.pool.pages[spared] > 0).any())
+        if spared is not None and leaves:
             pending = unsealed(self, pending, spared)
         pages = self._full_pages(pending, spared)
         if pages is not None:
@@ -277,35 +272,22 @@ class LayerStore:
             except Exception:  # a format failed: everything stays exact
                 self.tail = pending.owned(pending.longest)
                 raise
-            if fewer:  # the tail before has not what was in pages then
+            if leaves:  # the tail before has not what was in pages then
                 self.sealing = None
         elif pending is not self.tail:
-            self._keep(pending, min(pending.longest + 1, max(pending.longest, self._room)))
-
-    def _judge(self, capacity: Tensor) -> None:
-        """Note which cells need no pages, and up to how many entries, once for each `capacity`."""
-        if not self.plan.unpaged or self._exact_for is capacity:
-            return
-        peak = self.plan.recipe.schedule.peak(capacity) - self.plan.sinks
-        self._exact = peak.masked_fill(~self.plan.unpaged_cells(capacity), -1)
-        self._exact_for = capacity
-        exact = self._exact >= 0
-        self._some_exact = bool(exact.any())
-        self._room = int(self._exact.max()) if bool(exact.all()) else 0
+            self._keep(pending, min(pending.longest + 1, max(pending.longest, self._unpaged.room)))
 
     def _spared(self, exact: Block) -> Tensor | None:
         """Cells that need no pages, now that `exact` is what is not in pages: host bool `[B, H]`; None if
-        nobody has or could fill one. A cell may have to wait for its schedule to become short enough.
+        nobody has or could fill one.
         """
-        if not self._some_exact or not (self.pool.slabs or self._fills_a_page(exact)):
+        if not self._unpaged.some or not (self.pool.slabs or self._fills_a_page(exact)):
             return None
-        held, most = self.pool.live + exact.count, self._exact
-        if self.plan.pools:
-            held, most = (x.sum(-1, keepdim=True).expand_as(x) for x in (held, most))
-        return held <= most
+        return self._unpaged.fits(self.plan, self.pool.live + exact.count)
 
     def _fills_a_page(self, exact: Block) -> bool:
-        return exact.longest >= PAGE + self.plan.format.residual and exact.longest > self._room
+        full = PAGE + self.plan.format.residual
+        return exact.longest >= full and exact.longest > self._unpaged.room
 
     def _full_pages(self, exact: Block, spared: Tensor | None) -> Tensor | None:
         """How many pages of each cell can be sealed, host `[B, H]`; None if that is none."""
@@ -394,10 +376,10 @@ class LayerStore:
         self.next_position = self.next_position.index_select(0, index.to(self.device))
         for memory in (self.memory, self.merger_memory):
             memory.update({n: x.index_select(0, index.to(x.device)) for n, x in memory.items()})
-        shared_out = self.plan.budget is not None and self.plan.budget.kind == "bytes"
-        stale = self._capacity is None or (shared_out and self._capacity.shape[0] != len(host))
-        self._capacity = None if stale or self._capacity is None else self._capacity[host]
-        self._capacity_at, self._exact_for = self._capacity_at[host], None
+        capacity = self._capacity
+        stale = capacity is None or (self.plan.shared_out and len(capacity) != len(host))
+        self._capacity = None if stale or capacity is None else capacity[host]
+        self._capacity_at, self._unpaged.of = self._capacity_at[host], None
         self.pool.rows(index)
         if self.tail.size is not None and self.tail.capacity > self.tail.size + GRANULE:
             self.tail = self.tail.owned(self.tail.size)  # the longest rows are gone

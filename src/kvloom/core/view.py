@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kvloom.core.block import Block, take_slots
-from kvloom.core.compaction import compact
 from kvloom.core.entries import Entries
 from kvloom.core.format import PAGE
 
@@ -102,23 +101,6 @@ def dense_of(store: LayerStore) -> tuple[Tensor, Tensor] | None:
     keys, values, valid = (torch.cat(x, 2) for x in zip(*parts, strict=True))
     order = torch.argsort(valid.to(torch.int8), dim=-1, stable=True)[:, :, -n:]
     return take_slots(keys, order), take_slots(values, order)
-
-
-def unsealed(store: LayerStore, exact: Block, cells: Tensor) -> Block:
-    """`cells` (host bool `[B, H]`) exact again, with `exact` last, and without pages: more rows share a
-    budget in bytes than when they were sealed, and these heads need none any more.
-    """
-    held, pool = entries_of(store, exact), store.pool
-    unknown = torch.full_like(held.valid, -1, dtype=torch.int32)  # positions that no page keeps
-    meta = {name: held.meta.get(name, unknown) for name in store.plan.meta}
-    slots = torch.full_like(exact.count, held.valid.shape[2])
-    everything = Block(held.keys, held.values, slots, meta)
-    taken = held.valid.clone()
-    sealed = taken.shape[2] - exact.longest
-    taken[:, :, :sealed] &= cells.to(taken.device)[..., None]
-    pool.evict(~taken[:, :, :sealed])
-    compact(pool)
-    return everything.keep(taken)
 
 
 def kept_positions(store: LayerStore) -> list[list[list[int]]]:

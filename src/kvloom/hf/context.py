@@ -99,8 +99,8 @@ class Context:
     def end_forward(self) -> None:
         """The last layer has committed: the forward is whole, and its mask is no longer news."""
         self.opened_at, self.masked_at = None, -1
-        for device, flag in self.fresh.items():
-            self.bad[device] = self.bad[device] | flag if device in self.bad else flag
+        for flag in self.fresh.values():
+            _flag(self.bad, flag)
         self.fresh.clear()
         self.settle()
 
@@ -144,9 +144,7 @@ class Context:
     def check_finite(self, keys: Tensor, values: Tensor) -> None:
         """Raise ValueError on NaN or Inf; on an accelerator in the next `raise_bad`."""
         if keys.device.type != "cpu":
-            flag = ~(torch.isfinite(keys).all() & torch.isfinite(values).all())
-            held = self.fresh.get(keys.device)
-            self.fresh[keys.device] = flag if held is None else held | flag
+            _flag(self.fresh, ~(torch.isfinite(keys).all() & torch.isfinite(values).all()))
             return
         total = float(keys.sum()) + float(values.sum())
         if total - total == 0.0:  # finite
@@ -166,6 +164,12 @@ class Context:
         self.bad.clear()
         self.fresh.clear()
         self.checked = 0
+
+
+def _flag(flags: dict[torch.device, Tensor], flag: Tensor) -> None:
+    """Remember a flag on its own device; nobody waits for it."""
+    held = flags.get(flag.device)
+    flags[flag.device] = flag if held is None else held | flag
 
 
 _NOT_FINITE = (
