@@ -51,7 +51,7 @@ test-kernels: $(READY)
 	  KVLOOM_TEST_MODULE=$$(ls $(CURDIR)/build/sanitized/_cpu*.so) $(BIN)/python $(KERNEL_TESTS)
 	@KVLOOM_TEST_MODULE=$$(ls $(CURDIR)/build/emulated/_cpu*.so) $(BIN)/python $(KERNEL_TESTS)
 
-KERNEL_TESTS = -m pytest tests/kernels/test_cpu.py tests/kernels/test_fuzz.py -k "not without_the_module" $(ARGS)
+KERNEL_TESTS = -m pytest tests/kernels/test_cpu.py tests/kernels/test_encode.py tests/kernels/test_fuzz.py -k "not without_the_module" $(ARGS)
 kernels = PATH="$(CURDIR)/$(TOOLS):$$PATH" && export PATH && \
 	  cmake -G Ninja -S . -B build/$(1) $(2) -DPython_EXECUTABLE=$(CURDIR)/$(TOOLS)/python && \
 	  cmake --build build/$(1)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvloom.core.block import GRANULE, Block, take_slots, uniform
+from kvloom.core.block import GRANULE, Block, ranges, take_slots, uniform
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 Lists = list[list[list[int]]]  # ids of the entries, [row][head]
@@ -217,3 +217,9 @@ def test_take_slots_gathers_every_kind_of_field():
     flat, deep = torch.arange(3).view(1, 1, 3), torch.arange(6).view(1, 1, 3, 2)
     assert take_slots(flat, index).tolist() == [[[2, 0]]]
     assert take_slots(deep, index).tolist() == [[[[4, 5], [0, 1]]]]
+
+
+def test_ranges_of_cells_side_by_side():
+    start, count = torch.tensor([[5, 0], [7, 2]]), torch.tensor([[3, 0], [1, 2]])
+    assert ranges(start, count).tolist() == [5, 6, 7, 7, 2, 3]
+    assert ranges(start, torch.zeros_like(count)).tolist() == []

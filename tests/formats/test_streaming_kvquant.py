@@ -13,6 +13,7 @@ from kvloom.core.block import Block
 from kvloom.core.compaction import compact
 from kvloom.core.format import PAGE, PageBatch
 from kvloom.core.pages import PagePool
+from kvloom.formats import _streaming
 from kvloom.formats.streaming_kvquant import StreamingKVQuant
 from kvloom.positions.rope import RopeSpec
 from tests.formats.reading import Cell, place_of
@@ -115,6 +116,41 @@ def test_chunks_are_honoured_within_one_prefill_and_a_channel_100_times_louder_i
     assert (got[4:, :, 2] - keys[4:, :, 2]).abs().max() <= loud / 254 * 1.001
     (missed,) = read_keys("streaming_kvquant(chunk=128, detect=False)", [keys])
     assert (missed[4:, :, 2] - keys[4:, :, 2]).abs().max() > 0.8 * loud
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("most", [1, 2, 3, 50])
+def test_chunks_of_many_owners_are_those_of_a_loop(most, adaptive):
+    """Owners with 0 to 7 pages; those of one owner are consecutive, and no chunk has pages of two."""
+    generator = torch.Generator().manual_seed(most)
+    for _ in range(20):
+        counts = torch.randint(0, 8, (6,), generator=generator)
+        counts[0] += 1
+        owner = torch.arange(6).repeat_interleave(counts)
+        peaks = torch.rand(len(owner), 4, generator=generator).square() * 9
+        unused = torch.empty(len(owner), PAGE, 4)
+        batch = PageBatch(unused, unused, owner // 3, owner % 3, 2, 3)
+        ends = _streaming.shifts(peaks, batch, most, 3.0) if adaptive else None
+        chunks = _streaming.Chunks.of_pages(batch, most, ends)
+        want = chunks_of_a_loop(owner.tolist(), peaks.tolist(), most, adaptive)
+        assert chunks.of.tolist() == [chunk for chunk, _ in want]
+        first = [i for i, (chunk, _) in enumerate(want) if not i or want[i - 1][0] != chunk]
+        assert chunks.turn.tolist() == [want[i][1] for i in first]
+        assert (chunks.row * 3 + chunks.head).tolist() == owner[first].tolist()
+
+
+def chunks_of_a_loop(owners, peaks, most, adaptive):
+    """Each page's chunk, and how many of the same owner come before it."""
+    made, held, length = [], [], 0
+    for i, (owner, peak) in enumerate(zip(owners, peaks, strict=True)):
+        chunk, turn = made[-1] if made else (-1, 0)
+        same = i > 0 and owners[i - 1] == owner
+        jump = adaptive and any(p > 3 * h for p, h in zip(peak, held, strict=False))
+        if not same or length == most or jump:
+            chunk, turn, held, length = chunk + 1, turn + 1 if same else 0, [0.0] * 4, 0
+        held, length = [max(p, h) for p, h in zip(peak, held, strict=True)], length + 1
+        made.append((chunk, turn))
+    return made
 
 
 @pytest.mark.parametrize(("factor", "found"), [(2.95, False), (3.05, True)])

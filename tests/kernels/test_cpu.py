@@ -17,7 +17,6 @@ from kvloom import CompressedCache
 from kvloom.core.attend import attend, attention_mass, partials
 from kvloom.core.format import PAGE
 from kvloom.core.native import why_not
-from kvloom.formats._grid import Grid
 from kvloom.kernels import cpu_backend, library, ops
 from tests.kernels import stores
 
@@ -337,38 +336,6 @@ def test_what_was_freed_is_not_kept_alive_by_addresses():
     store.pool.slabs = []
     gc.collect()
     assert freed and not any(ref() is not None for ref in freed)
-
-
-@settings(max_examples=120, deadline=None, derandomize=True)
-@given(
-    isa=st.sampled_from(ISAS),
-    bits=st.sampled_from([8, 4, 3, 2]),
-    part=st.sampled_from(["key", "value"]),
-    per=st.sampled_from(["token", "channel"]),
-    symmetric=st.booleans(),
-    group=st.sampled_from([32, 64]),
-    channels=st.sampled_from([0, 32, 64]),
-    width=st.sampled_from([16, 36, 64, 80, 96, 128, 256]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    kind=st.sampled_from(["normal", "loud", "constant", "tiny"]),
-)
-def test_pages_are_encoded_bit_by_bit_as_torch_does(
-    isa, bits, part, per, symmetric, group, channels, width, dtype, kind
-):
-    grid = Grid(part, bits, per, symmetric, group, channels)
-    x = torch.randn(3, 64, width, generator=torch.Generator().manual_seed(bits))
-    if kind == "loud":
-        x[:, ::5, ::3] *= 1e4
-    x = {"constant": x.round(), "tiny": x * 1e-6}.get(kind, x).to(dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVLOOM_ISA", isa)
-        cpu_backend.reset()
-        got = grid._by_kernels(x)
-    cpu_backend.reset()
-    want = grid._by_torch(x)
-    for g, w in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
-        assert g.shape == w.shape
-        assert torch.equal(g, w)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -22,6 +22,12 @@ def uniform(count: Tensor) -> int | None:
     return int(values[0]) if values.count(values[0]) == len(values) else None
 
 
+def ranges(start: Tensor, count: Tensor) -> Tensor:
+    """`start .. start + count - 1` of every cell (host), one cell after the other."""
+    n, first = count.flatten(), start.flatten()
+    return torch.arange(int(n.sum())) + (first - n.cumsum(0) + n).repeat_interleave(n)
+
+
 def new_like(template: Tensor, slots: int) -> Tensor:
     """An unset tensor like `template [B, H, S, ...]` with another number of slots."""
     return template.new_empty(*template.shape[:2], slots, *template.shape[3:])

@@ -10,10 +10,12 @@ Storage is shared after a beam reorder (rows point at the same pages); what diff
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from kvloom.core.block import Block, from_newest, uniform
+from kvloom.core.block import Block, from_newest, ranges, uniform
 from kvloom.core.format import PAGE, TILES, Encoded, Field, PageBatch, PageFormat, Place, Stored
 from kvloom.core.slab import Segment, Slab, collect
 from kvloom.kernels.layout import TILE
@@ -133,7 +135,7 @@ class PagePool:
     def _store(self, block: Block, pages: Tensor, encoded: Encoded, limit: Tensor | None) -> None:
         fits = self._free(limit, pages)
         if fits is not None:  # a budget counts reserved pages: fill them before making new ones
-            rank = torch.cat([torch.arange(n) for n in pages.flatten().tolist()])
+            rank = ranges(torch.zeros_like(pages), pages)
             first = rank < fits.flatten().repeat_interleave(pages.flatten())
             self._store(block, fits, encoded.only(first), limit)
             rest = block.span(fits * PAGE, block.count - fits * PAGE)
@@ -160,9 +162,8 @@ class PagePool:
         if n is not None:
             keys, values = block.keys[:, :, : n * PAGE], block.values[:, :, : n * PAGE]
         else:
-            cells = [(b, h, int(pages[b, h]) * PAGE) for b in range(B) for h in range(H)]
-            keys = torch.cat([block.keys[b, h, :m] for b, h, m in cells])
-            values = torch.cat([block.values[b, h, :m] for b, h, m in cells])
+            at = _cells(torch.zeros_like(pages), pages * PAGE, self.device)
+            keys, values = block.keys[at], block.values[at]
         keys = keys.reshape(-1, PAGE, keys.shape[-1])
         values = values.reshape(-1, PAGE, values.shape[-1])
         return PageBatch(keys, values, owner // H, owner % H, B, H, self.tables)
@@ -252,10 +253,7 @@ class PagePool:
 
     def _page_index(self, slab: Slab, pages: Tensor) -> Tensor:
         """Storage page of each new page, in the order of `_batch`."""
-        start = (slab.first + slab.used).flatten().tolist()
-        counts = pages.flatten().tolist()
-        index = [s + i for s, n in zip(start, counts, strict=True) for i in range(n)]
-        return torch.tensor(index, device=self.device)
+        return ranges(slab.first + slab.used, pages).to(self.device)
 
     def _store_sets(self, slab: Slab, encoded: Encoded, index: Tensor) -> None:
         for family, sets in encoded.sets.items():
@@ -272,25 +270,17 @@ class PagePool:
     def _store_meta(self, slab: Slab, block: Block, pages: Tensor) -> None:
         if slab.base is not None and not _consecutive(block, pages):
             slab.spell_out_positions()
-        n, at = uniform(pages), uniform(slab.used)
-        spans = (
-            [(slice(None), slice(None), n, at)]
-            if n is not None and at is not None
-            else [
-                (slice(b, b + 1), slice(h, h + 1), int(pages[b, h]), int(slab.used[b, h]))
-                for b in range(pages.shape[0])
-                for h in range(pages.shape[1])
-            ]
-        )
-        for rows, heads, count, start in spans:
-            where = slice(start * PAGE, (start + count) * PAGE)
-            for name, x in slab.meta.items():
-                x[rows, heads, where] = block.meta[name][rows, heads, : count * PAGE].to(x.dtype)
-            if slab.alive is not None:
-                slab.alive[rows, heads, where] = True
-            if slab.base is not None:
-                firsts = block.meta["positions"][rows, heads, : count * PAGE : PAGE]
-                slab.base[rows, heads, start : start + count] = firsts
+        even = uniform(pages) is not None and uniform(slab.used) is not None
+        places = _runs if even else partial(_cells, device=self.device)
+        none = torch.zeros_like(pages)
+        source, target = places(none, pages * PAGE), places(slab.used * PAGE, pages * PAGE)
+        for name, x in slab.meta.items():
+            x[target] = block.meta[name][source].to(x.dtype)
+        if slab.alive is not None:
+            slab.alive[target] = True
+        if slab.base is not None:
+            firsts = block.meta["positions"][:, :, ::PAGE]
+            slab.base[places(slab.used, pages)] = firsts[places(none, pages)]
 
     # -- freeing ---------------------------------------------------------------------------------
 
@@ -393,6 +383,20 @@ class PagePool:
         if self.stuck.shape == dead.shape:
             dead = dead - self.stuck
         return int((dead.clamp_min(0) // PAGE).sum())
+
+
+def _runs(start: Tensor, count: Tensor) -> tuple[slice, ...]:
+    """The slots `start .. start + count - 1` of every (row, head), the same for all."""
+    first, n = uniform(start), uniform(count)
+    assert first is not None and n is not None
+    return slice(None), slice(None), slice(first, first + n)
+
+
+def _cells(start: Tensor, count: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """The slots `start .. start + count - 1` of every (row, head), one cell after the other, as indices."""
+    owner = torch.arange(count.numel()).repeat_interleave(count.flatten())
+    heads = count.shape[1]
+    return tuple(x.to(device) for x in (owner // heads, owner % heads, ranges(start, count)))
 
 
 def _consecutive(block: Block, pages: Tensor) -> bool:

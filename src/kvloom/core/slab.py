@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kvloom.core.block import uniform
+from kvloom.core.block import ranges, uniform
 from kvloom.core.format import PAGE, TILES
 from kvloom.kernels.layout import TILE
 
@@ -265,9 +265,8 @@ class Slab:
 
     def referenced(self) -> Tensor:
         """The storage pages that some row still uses, ascending (host int64)."""
-        starts, counts = self.first.flatten().tolist(), self.used.flatten().tolist()
-        held = {page for s, n in zip(starts, counts, strict=True) for page in range(s, s + n)}
-        return torch.tensor(sorted(held), dtype=torch.int64)
+        held: Tensor = ranges(self.first, self.used).unique()
+        return held
 
 
 def collect(slab: Slab, exactly: bool = False) -> None:

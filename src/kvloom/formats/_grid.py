@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import Field, Part
-from kvloom.kernels import cpu_backend, ops
+from kvloom.kernels import cpu_encode, ops
 from kvloom.kernels.layout import (
     LIMIT,
     TILE,
@@ -156,7 +156,7 @@ class Grid:
         return pack(codes.unflatten(1, (-1, TILE)), self.bits), parameters
 
     def _by_kernels(
-        self, x: Tensor, encode: Callable[..., None] = cpu_backend.encode
+        self, x: Tensor, encode: Callable[..., None] = cpu_encode.by_ranges
     ) -> tuple[Tensor, list[Tensor]]:
         """The same, bit by bit."""
         N, _, width = x.shape

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from kvloom.core.format import Field, Part, Stored
-from kvloom.kernels.layout import TILE, Codes, tile_nbytes, unpack_keys, unpack_values
+from kvloom.kernels import cpu_encode, ops
+from kvloom.kernels.layout import (
+    TILE,
+    Codes,
+    pack_keys,
+    pack_values,
+    tile_nbytes,
+    unpack_keys,
+    unpack_values,
+)
 from kvloom.kernels.packed import PackedPart, Parameter, Parts
 
 Levels = tuple[Tensor, Tensor]  # plain, and with Q-norm
@@ -138,15 +147,35 @@ def _packed(part: Part, bits: int, width: int, per: str, home: str, outliers: fl
     )  # fmt: skip
 
 
-def encode(keys: Tensor, values: Tensor, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Normalised pages `[N, 64, W]` as packed codes `[N, 2, bytes]`; tables `[N, ...]`."""
+def encode(
+    keys: Tensor, values: Tensor, tables: Mapping[str, Tensor], head: Tensor
+) -> dict[str, Tensor]:
+    """Normalised pages `[N, 64, W]` as packed codes `[N, 2, bytes]`; tables `[H, ...]`, and the `head` of each
+    page, host int64 `[N]`.
+    """
     packed = {}
     for part, x in zip(PARTS, (keys, values), strict=True):
-        bounds = tables[f"{part}_bounds"]
-        codes = torch.searchsorted(bounds, x.flatten(1)).view(x.shape).unflatten(1, (-1, TILE))
-        codec = Codes(part, bounds.shape[1].bit_length(), x.shape[2])
-        packed[f"{part}_codes"] = codec.pack(codes)
+        packed[f"{part}_codes"], _ = code(part, x, tables[f"{part}_bounds"], head)
     return packed
+
+
+def code(
+    part: Part, x: Tensor, bounds: Tensor, of: Tensor, level: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Packed codes of normalised pages `x [N, 64, W]` by `bounds [R, K - 1]`, a row for each page (host `of
+    [N]`), and, given the `level [K]` that codes mean, the norms of what is coded, fp32 `[N, 64]`.
+    """
+    if ops.cpu_encodes(x):
+        return cpu_encode.by_levels(x, bounds, of, part == "key", level)
+    codes = torch.searchsorted(bounds[of], x.flatten(1)).view(x.shape)
+    pack = pack_keys if part == "key" else pack_values
+    packed = pack(codes.unflatten(1, (-1, TILE)), bounds.shape[1].bit_length())
+    if level is None:
+        return packed, x.new_empty(0)
+    exact = (
+        torch.float32 if x.device.type == "mps" else torch.float64
+    )  # whatever the order of adding
+    return packed, level.to(exact).square()[codes].sum(-1).sqrt().float()
 
 
 def decode(part: Part, stored: Stored) -> Tensor:

@@ -60,20 +60,21 @@ class Chunks:
     turn: Tensor
 
     @classmethod
-    def of_pages(cls, batch: PageBatch, most: int, ends: list[bool] | None = None) -> Chunks:
-        """Up to `most` pages in each; `ends` tells the pages before which a chunk ends anyway."""
-        of: list[int] = []
-        firsts: list[int] = []
-        turns: list[int] = []
-        owners = list(zip(batch.row.tolist(), batch.head.tolist(), strict=True))
-        for i, owner in enumerate(owners):
-            same = i > 0 and owners[i - 1] == owner
-            if not same or i - firsts[-1] == most or (ends is not None and ends[i]):
-                turns.append(turns[-1] + 1 if same else 0)
-                firsts.append(i)
-            of.append(len(firsts) - 1)
-        to, device = torch.tensor(firsts, dtype=torch.int64), batch.keys.device
-        parts = (torch.tensor(of), batch.row[to], batch.head[to], torch.tensor(turns))
+    def of_pages(cls, batch: PageBatch, most: int, ends: Tensor | None = None) -> Chunks:
+        """Up to `most` pages in each; `ends` (host bool `[N]`) tells the pages before which a chunk ends
+        anyway.
+        """
+        place = _places(batch)
+        starts = place == 0 if ends is None else ends | (place == 0)
+        since = torch.arange(len(place))
+        since = since - torch.where(starts, since, 0).cummax(0).values  # pages since such an end
+        starts = since % most == 0
+        firsts = starts.nonzero()[:, 0]
+        own = place[firsts] == 0  # the first chunk of its owner
+        nth = torch.arange(len(firsts))
+        turn = nth - torch.where(own, nth, 0).cummax(0).values
+        parts = (starts.cumsum(0) - 1, batch.row[firsts], batch.head[firsts], turn)
+        device = batch.keys.device
         return cls(*(x.to(device=device, dtype=torch.int64) for x in parts))
 
     def largest(self, peaks: Tensor) -> Tensor:
@@ -82,20 +83,31 @@ class Chunks:
         return a.scatter_reduce(0, self.of[:, None].expand_as(peaks), peaks, "amax")
 
 
-def shifts(peaks: Tensor, batch: PageBatch, most: int, ratio: float) -> list[bool]:
-    """Whether each page has a channel above `ratio` times what its chunk has seen so far.
+def _places(batch: PageBatch) -> Tensor:
+    """Place of each page among those of its owner in the batch, host int64 `[N]`."""
+    owner, n = batch.row * batch.heads + batch.head, torch.arange(len(batch.row))
+    first = torch.ones_like(owner, dtype=torch.bool)
+    first[1:] = owner[1:] != owner[:-1]
+    return n - torch.where(first, n, 0).cummax(0).values
+
+
+def shifts(peaks: Tensor, batch: PageBatch, most: int, ratio: float) -> Tensor:
+    """Whether each page has a channel above `ratio` times what its chunk has seen so far, host bool `[N]`.
 
     `peaks [N, W]`; chunks are those which these very ends make. Waits for the device.
     """
-    ends, held, length = [], torch.zeros(peaks.shape[1]), 0
-    pages = zip(batch.row.tolist(), batch.head.tolist(), peaks.cpu(), strict=True)
-    last = None
-    for row, head, peak in pages:
-        new = last != (row, head) or length == most
-        ends.append(not new and bool((peak > ratio * held).any()))
-        if new or ends[-1]:
-            held, length = peak, 0
-        held, length, last = torch.maximum(held, peak), length + 1, (row, head)
+    place, peaks = _places(batch), peaks.cpu()
+    owner = batch.row * batch.heads + batch.head
+    held = peaks.new_zeros(batch.rows * batch.heads, peaks.shape[1])
+    length, ends = torch.zeros(len(held), dtype=torch.int64), torch.zeros(len(place)).bool()
+    for nth in range(int(place.max()) + 1):  # a page of every owner at a time
+        at = (place == nth).nonzero()[:, 0]
+        mine = owner[at]
+        full = length[mine] % most == 0
+        ends[at] = ~full & (peaks[at] > ratio * held[mine]).any(1)
+        new = full | ends[at]
+        held[mine] = torch.where(new[:, None], peaks[at], torch.maximum(held[mine], peaks[at]))
+        length[mine] = torch.where(new, 1, length[mine] + 1)
     return ends
 
 

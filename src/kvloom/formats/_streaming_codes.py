@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvloom.core.format import TILES, Field, Part, Sets
 from kvloom.formats._grid import LEAST, dequantize
+from kvloom.kernels import cpu_encode, ops
 from kvloom.kernels.layout import (
     LIMIT,
     TILE,
@@ -117,10 +118,13 @@ class Channels:
         if self.groups:
             peak = peak.unflatten(1, (self.groups, -1)).amax(2)
         scale = scale_of(peak, self.bits)
-        each = self._each(scale[of], width)[:, None]
-        codes = levels(x.float(), each, self.bits).add_(1 << self.bits - 1)
-        pack = pack_keys if self.part == "key" else pack_values
-        tiles = pack(codes.to(torch.uint8).unflatten(1, (TILES, TILE)), self.bits)
+        each = self._each(scale, width)
+        if ops.cpu_encodes(x):
+            tiles = cpu_encode.by_scales(x, each, of, self.bits, self.part == "key")
+        else:
+            codes = levels(x.float(), each[of][:, None], self.bits).add_(1 << self.bits - 1)
+            pack = pack_keys if self.part == "key" else pack_values
+            tiles = pack(codes.to(torch.uint8).unflatten(1, (TILES, TILE)), self.bits)
         return {f"{self.part}_codes": tiles}, {f"{self.part}_scale": scale}
 
     def _each(self, scale: Tensor, width: int) -> Tensor:

@@ -20,7 +20,17 @@ from torch import Tensor
 
 from kvloom.core.format import Encoded, Field, Layout, PageBatch, PageFormat, Part, Stored
 from kvloom.formats._grid import LEAST
-from kvloom.kernels.layout import LIMIT, TILE, Codes, Planes, cast, tile_nbytes
+from kvloom.kernels import cpu_encode, ops
+from kvloom.kernels.layout import (
+    LIMIT,
+    TILE,
+    Codes,
+    Planes,
+    cast,
+    pack_keys,
+    pack_values,
+    tile_nbytes,
+)
 from kvloom.kernels.packed import PackedPart, Parameter
 
 E4M3 = torch.float8_e4m3fn
@@ -59,13 +69,20 @@ def _packed(part: Part, width: int) -> PackedPart:
 
 def _encode(part: Part, x: Tensor) -> dict[str, Tensor]:
     """Tile fields of pages `[N, 64, W]`."""
+    by = cpu_encode.by_peaks if ops.cpu_encodes(x) else _by_torch
+    codes, scale = by(x, part == "key")
+    return {f"{part}_codes": codes, f"{part}_scale": scale}
+
+
+def _by_torch(x: Tensor, keys: bool) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales `[N, 2, 1, 32]`; the definition."""
     x = x.float().unflatten(1, (-1, TILE))
     scale = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp(LEAST, LIMIT).to(torch.float16)
     # out of range is NaN, not the largest number
     numbers = (x / scale.float()).clamp_(-LARGEST, LARGEST).to(E4M3)
     # few operators know fp8: it is stored, and moved, as bytes
-    codes = Codes(part, 8, x.shape[3]).pack(numbers.view(torch.uint8))
-    return {f"{part}_codes": codes, f"{part}_scale": scale.transpose(2, 3)}
+    pack = pack_keys if keys else pack_values
+    return pack(numbers.view(torch.uint8), 8), scale.transpose(2, 3)
 
 
 def _decode(part: Part, stored: Stored, width: int) -> Tensor:

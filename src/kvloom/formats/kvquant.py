@@ -94,10 +94,10 @@ class KVQuant(PageFormat):
 
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         layout = self.layout(batch.keys.shape[2], batch.values.shape[2], batch.keys.dtype)
-        tables = {name: x[batch.head] for name, x in batch.tables.items()}
-        keys = _ranges.of_keys(batch.keys, self.outliers, *(tables.get(name) for name in RANGE))
+        ranges = (batch.tables[name][batch.head] for name in RANGE if name in batch.tables)
+        keys = _ranges.of_keys(batch.keys, self.outliers, *ranges)
         values = _ranges.of_values(batch.values, self.outliers)
-        tile = values.planes() | _levels.encode(keys.x, values.x, tables)
+        tile = values.planes() | _levels.encode(keys.x, values.x, batch.tables, batch.head)
         tiles = batch.keys.unflatten(1, (-1, TILE)).flatten(2)
         tile |= _sparse.take("key", tiles, keys.index, layout.tile)
         slot = _sparse.take("value", batch.values, values.index, layout.slot)

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvloom.core.format import Encoded, Field, Layout, PageBatch, Part, Stored
+from kvloom.core.format import TILES, Encoded, Field, Layout, PageBatch, Part, Stored
 from kvloom.core.policy import check, one_of
-from kvloom.formats._levels import lloyd_max
+from kvloom.formats._levels import between, code, lloyd_max
 from kvloom.formats._rotated import Rotated
 from kvloom.kernels.layout import LIMIT, TILE, Codes, Planes, cast, tile_nbytes
 from kvloom.kernels.packed import PackedPart, Parameter, Parts
@@ -74,7 +74,7 @@ class TurboquantMSE(Rotated):
     def encode(self, batch: PageBatch, statistics: dict[str, Tensor]) -> Encoded:
         codes, tile = self._codes(batch.keys.shape[2], batch.values.shape[2]), {}
         for codec, x in zip(codes, self.in_basis(batch), strict=True):
-            tile.update(_encode(codec, x.unflatten(1, (-1, TILE))))
+            tile.update(_encode(codec, x))
         return Encoded(tile=tile)
 
     def read(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,16 +89,15 @@ def _packed(codec: Codes) -> PackedPart:
 
 
 def _encode(codec: Codes, x: Tensor) -> dict[str, Tensor]:
-    """Tile fields of rotated fp32 `[N, 2, 32, W]`."""
+    """Tile fields of rotated fp32 `[N, 64, W]`."""
     level = lloyd_max(codec.bits, x.device)
-    norm = x.norm(dim=-1, keepdim=True)
-    coordinate = x * (x.shape[-1] ** 0.5 / norm.clamp_min(torch.finfo(torch.float32).tiny))
-    codes = torch.bucketize(coordinate, (level[1:] + level[:-1]) / 2)
-    scale = (norm / level[codes].norm(dim=-1, keepdim=True)).clamp_max(LIMIT)
-    return {
-        f"{codec.part}_codes": codec.pack(codes),
-        f"{codec.part}_scale": scale.to(torch.float16).transpose(2, 3),
-    }
+    norm = x.norm(dim=-1)
+    size = norm.clamp_min(torch.finfo(torch.float32).tiny)
+    coordinate = x * (x.shape[-1] ** 0.5 / size)[..., None]
+    of = torch.zeros(len(x), dtype=torch.int64)
+    codes, coded = code(codec.part, coordinate, between(level)[None], of, level)
+    scale = (norm / coded).clamp_max(LIMIT).to(torch.float16)
+    return {f"{codec.part}_codes": codes, f"{codec.part}_scale": scale.view(-1, TILES, 1, TILE)}
 
 
 def _decode(codec: Codes, stored: Stored) -> Tensor:

@@ -22,7 +22,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KINDS = {"uniform": 0, "levels": 1, "fp8": 2}
 MODES = {"default": 0, "fast": 1, "exact": 2}
 WIDEST = 512
-INTERFACE = 2  # of the compiled module; counts up with every change of what is handed over
+INTERFACE = 3  # of the compiled module; counts up with every change of what is handed over
 QUERIES = 16  # of one head that are served at once; more are faster by matrix products
 
 
@@ -219,24 +219,3 @@ def attend(
         lse.data_ptr(), where, stride, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
-
-
-def encode(
-    x: Tensor,
-    codes: Tensor,
-    parameters: list[Tensor],
-    bits: int,
-    keys: bool,
-    per_token: bool,
-    group: int,
-) -> None:
-    """Lay pages `x [N, 64, W]` on uniform grids: packed `codes` and fp16 `parameters`, a scale and, unless the
-    grid is symmetric, a zero (see `kvloom.formats._grid`, which is the definition).
-    """
-    x = x.contiguous()
-    scale, zero = parameters[0], parameters[1] if len(parameters) > 1 else None
-    loaded().encode(
-        x.data_ptr(), DTYPES[x.dtype], len(x), x.shape[2], bits, keys, per_token, zero is None, group,
-        address(codes), address(scale), 0 if zero is None else address(zero), isa(),
-        torch.get_num_threads(),
-    )  # fmt: skip

@@ -17,7 +17,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from kvloom.kernels import cpu_backend, mass, reference, torch_cpu, triton_backend
+from kvloom.kernels import cpu_backend, cpu_encode, mass, reference, torch_cpu, triton_backend
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 _BLOCK_ELEMENTS = 1 << 24  # logits held at once by the matmul path: 64 MiB in fp32
@@ -65,11 +65,15 @@ def triton_why_not(device: torch.device, dtype: torch.dtype, width: int) -> str 
 
 
 def encoder(x: Tensor) -> Callable[..., None] | None:
-    """What lays pages `x [N, 64, W]` on uniform grids, as `cpu_backend.encode`; None: torch must."""
-    about = x.device, x.dtype, x.shape[2]
-    if cpu_why_not(*about) is None:
-        return cpu_backend.encode
-    return triton_backend.encode if triton_why_not(*about) is None else None
+    """What lays pages `x [N, 64, W]` on uniform grids, as `cpu_encode.by_ranges`; None: torch must."""
+    if cpu_encodes(x):
+        return cpu_encode.by_ranges
+    return triton_backend.encode if triton_why_not(x.device, x.dtype, x.shape[2]) is None else None
+
+
+def cpu_encodes(x: Tensor) -> bool:
+    """Whether `cpu_encode` takes pages `x [N, 64, W]`."""
+    return cpu_why_not(x.device, x.dtype, x.shape[2]) is None
 
 
 def turns(encode: Callable[..., None] | None) -> bool:

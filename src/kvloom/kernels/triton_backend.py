@@ -370,7 +370,7 @@ def encode(
     group: int,
     turned: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """As `cpu_backend.encode`; `turned`: the signs `[H, W]` and the matrix `[W, W]` of a rotation before
+    """As `cpu_encode.by_ranges`; `turned`: the signs `[H, W]` and the matrix `[W, W]` of a rotation before
     it, and the head of each page, int32 `[N]`.
     """
     x, width = x.contiguous(), x.shape[2]

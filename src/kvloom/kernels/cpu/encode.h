@@ -1,4 +1,5 @@
-// Pages onto uniform grids: ranges, codes and packing in one pass. Equal to formats/_grid.py, bit by bit.
+// Pages to packed codes in one pass: ranges where they are not given, codes, packing. Equal bit by bit to the
+// torch of formats/_grid.py, fp8.py, _levels.py and _streaming_codes.py.
 #pragma once
 #include "tiles.h"
 
@@ -95,6 +96,74 @@ static void by_channel(const Encode& e, const float* x, int wide, uint8_t* codes
     }
 }
 
+static void by_ranges(const Encode& e, const float* x, int wide, int64_t page, uint8_t* codes) {
+  const int64_t each = e.group && e.group < e.width ? e.group : e.width;
+  const int64_t parameters = e.per_token ? 2 * TILE * ((e.width + each - 1) / each) : int64_t(PAGE / e.group) * e.width;
+  uint16_t *scales = e.scale + page * parameters, *zeros = e.zero ? e.zero + page * parameters : nullptr;
+  if (e.per_token)
+    by_token(e, x, wide, codes, scales, zeros);
+  else
+    by_channel(e, x, wide, codes, scales, zeros);
+}
+
+// By scales of channels that are given.
+static void by_scales(const Encode& e, const float* x, int wide, int64_t page, uint8_t* codes) {
+  alignas(64) float step[MAX_WIDTH];
+  const uint16_t* scale = e.given + e.of[page] * e.width;
+  for (int c = 0; c < wide; c++) step[c] = c < e.width ? half1(scale[c]) : 1;
+  for (int t = 0; t < PAGE; t++)
+    for (int c = 0; c < wide; c += W)
+      codes_of(Isa::load(x + t * wide + c), Isa::load(step + c), Isa::zero(), e.bits, true, codes + t * wide + c);
+}
+
+// Numbers as the place among sorted bounds: how many of them lie below.
+static void by_bounds(const Encode& e, const float* x, int wide, int64_t page, uint8_t* codes) {
+  const int n = (1 << e.bits) - 1;
+  const float* bounds = e.bounds + e.of[page] * n;
+  for (int i = 0; i < PAGE * wide; i += W) {
+    const F v = Isa::load(x + i);
+    F above = Isa::set(float(n));
+    for (int k = 0; k < n; k++) above = Isa::sub(above, Isa::at_least(Isa::set(bounds[k]), v));
+    const Isa::I whole = Isa::to_int(above);
+    alignas(64) int32_t code[W];
+    __builtin_memcpy(code, &whole, sizeof code);
+    for (int j = 0; j < W; j++) codes[i + j] = uint8_t(code[j]);
+  }
+  if (!e.levels) return;
+  double square[16];
+  for (int k = 0; k <= n; k++) square[k] = double(e.levels[k]) * double(e.levels[k]);
+  for (int t = 0; t < PAGE; t++) {
+    double sum = 0;
+    for (int c = 0; c < e.width; c++) sum += square[codes[t * wide + c]];
+    e.norms[page * PAGE + t] = float(__builtin_sqrt(sum));
+  }
+}
+
+// A number within e4m3's range, to nearest, ties to even: 4 bits of exponent (bias 7) and 3 of mantissa.
+static inline uint8_t to_fp8(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 24 & 0x80, rest = bits & 0x7fffffff;
+  const float size = __builtin_fabsf(x);
+  const uint32_t small = uint32_t(int32_t(__builtin_nearbyintf(size * 512.f)));  // subnormal: units of 2^-9
+  const uint32_t normal = ((rest + 0x7ffff + (rest >> 20 & 1)) >> 20) - (120 << 3);
+  return uint8_t(sign | (size < 0.015625f ? small : normal));
+}
+
+// Each token by its largest number, which becomes fp8's largest.
+static void by_peak(const Encode& e, const float* x, int wide, int64_t page, uint8_t* codes) {
+  constexpr float LARGEST = 448;
+  for (int t = 0; t < PAGE; t++) {
+    const float* row = x + t * wide;
+    float peak = 0;
+    for (int c = 0; c < e.width; c++) peak = __builtin_fabsf(row[c]) > peak ? __builtin_fabsf(row[c]) : peak;
+    const uint16_t scale = Isa::to_half(clamp(peak / LARGEST, LEAST_SCALE, HALF_LIMIT));
+    const float step = half1(scale);
+    e.scale[(2 * page + t / TILE) * TILE + t % TILE] = scale;
+    for (int c = 0; c < e.width; c++) codes[t * wide + c] = to_fp8(clamp(row[c] / step, -LARGEST, LARGEST));
+  }
+}
+
 // ---- packing: see layout.py ---------------------------------------------------------------------------------
 
 // The 64 codes of a vector as bytes: lane l, e -> o = 4 l + e.
@@ -157,13 +226,12 @@ static void encode(const Encode& e, int64_t page) {
   alignas(64) uint8_t codes[PAGE * MAX_WIDTH + 64];
   const int64_t size = e.dtype == F32 ? 4 : 2;
   widen(static_cast<const char*>(e.source) + page * PAGE * e.width * size, e.dtype, e.width, PAGE, e.width, x);
-  const int64_t each = e.group && e.group < e.width ? e.group : e.width;
-  const int64_t parameters = e.per_token ? 2 * TILE * ((e.width + each - 1) / each) : int64_t(PAGE / e.group) * e.width;
-  uint16_t *scales = e.scale + page * parameters, *zeros = e.zero ? e.zero + page * parameters : nullptr;
-  if (e.per_token)
-    by_token(e, x, wide, codes, scales, zeros);
-  else
-    by_channel(e, x, wide, codes, scales, zeros);
+  switch (e.rule) {
+    case Encode::RANGES: by_ranges(e, x, wide, page, codes); break;
+    case Encode::SCALED: by_scales(e, x, wide, page, codes); break;
+    case Encode::LEVELS: by_bounds(e, x, wide, page, codes); break;
+    case Encode::FP8: by_peak(e, x, wide, page, codes); break;
+  }
   for (int t = 0; t < PAGE; t++)
     for (int c = e.width; c < wide; c++) codes[t * wide + c] = 0;
   const int64_t tile = int64_t(TILE) * wide * e.bits / 8;

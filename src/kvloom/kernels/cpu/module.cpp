@@ -11,10 +11,10 @@ using namespace kvloom;
 using Address = uintptr_t;
 
 template <class C, class T>
-static void address(nb::class_<C>& c, const char* name, const T* C::*field) {
+static void address(nb::class_<C>& c, const char* name, T* C::*field) {
   c.def_prop_rw(
       name, [field](const C& x) { return reinterpret_cast<Address>(x.*field); },
-      [field](C& x, Address a) { x.*field = reinterpret_cast<const T*>(a); });
+      [field](C& x, Address a) { x.*field = reinterpret_cast<T*>(a); });
 }
 
 template <class C>
@@ -34,16 +34,28 @@ static const float* floats(Address a) { return reinterpret_cast<const float*>(a)
 static float* out(Address a) { return reinterpret_cast<float*>(a); }
 
 NB_MODULE(_cpu, m) {
-  m.attr("INTERFACE") = 2;  // see cpu_backend.py
+  m.attr("INTERFACE") = 3;  // see cpu_backend.py
   m.def("instruction_sets", instruction_sets);
-  m.def("encode", [](Address source, int dtype, int64_t pages, int width, int bits, bool keys, bool per_token,
-                     bool symmetric, int group, Address codes, Address scale, Address zero, const std::string& isa,
-                     int threads) {
-    Encode e;
-    e.source = reinterpret_cast<const void*>(source), e.dtype = Dtype(dtype), e.width = width, e.bits = bits;
-    e.keys = keys, e.per_token = per_token, e.symmetric = symmetric, e.group = group;
-    e.codes = reinterpret_cast<uint8_t*>(codes), e.scale = reinterpret_cast<uint16_t*>(scale);
-    e.zero = reinterpret_cast<uint16_t*>(zero);
+  nb::class_<Encode> pages(m, "Encode");
+  pages.def(nb::init<>())
+      .def_rw("width", &Encode::width)
+      .def_rw("bits", &Encode::bits)
+      .def_rw("keys", &Encode::keys)
+      .def_rw("per_token", &Encode::per_token)
+      .def_rw("symmetric", &Encode::symmetric)
+      .def_rw("group", &Encode::group);
+  number(pages, "rule", &Encode::rule);
+  number(pages, "dtype", &Encode::dtype);
+  untyped(pages, "source", &Encode::source);
+  address(pages, "codes", &Encode::codes);
+  address(pages, "scale", &Encode::scale);
+  address(pages, "zero", &Encode::zero);
+  address(pages, "of", &Encode::of);
+  address(pages, "given", &Encode::given);
+  address(pages, "bounds", &Encode::bounds);
+  address(pages, "levels", &Encode::levels);
+  address(pages, "norms", &Encode::norms);
+  m.def("encode", [](const Encode& e, int64_t pages, const std::string& isa, int threads) {
     nb::gil_scoped_release free;
     encode(e, pages, isa, threads);
   });

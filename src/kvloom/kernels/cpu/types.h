@@ -149,8 +149,12 @@ struct Result {
 };
 constexpr int MAX_PARTS = 256;   // partials of one (row, head)
 
-// Pages of keys or values [pages][64][width], to be laid on uniform grids (formats/_grid.py).
+// Pages of keys or values [pages][64][width], to be coded and packed (formats/_grid.py, fp8.py, _levels.py).
 struct Encode {
+  // ranges: scales of the numbers themselves; scaled: symmetric, by scales that are given for channels;
+  // levels: numbers are normalised, and bounds say where one code ends and the next begins; fp8: e4m3
+  enum Rule : int32_t { RANGES = 0, SCALED = 1, LEVELS = 2, FP8 = 3 };
+  Rule rule = RANGES;
   const void* source = nullptr;
   Dtype dtype = F32;
   int32_t width = 0, bits = 8;
@@ -159,6 +163,11 @@ struct Encode {
   uint8_t* codes = nullptr;  // [pages][2][tile bytes]
   // [pages][2][groups][32], or [pages][64 / group][width]; no zero: symmetric
   uint16_t *scale = nullptr, *zero = nullptr;
+  const int64_t* of = nullptr;        // [pages], which row of `given` or `bounds` is a page's
+  const uint16_t* given = nullptr;    // [..][width], fp16 scales of channels
+  const float *bounds = nullptr;      // [..][2^bits - 1]
+  const float *levels = nullptr;      // [2^bits]: then norms of the coded tokens are asked for,
+  float* norms = nullptr;             // [pages][64]
 };
 
 // What the tables of the instruction sets offer.
