@@ -69,12 +69,14 @@ def native(store: LayerStore, call: Call) -> tuple[Tensor, Tensor]:
     return store.native.attend(store, call)
 
 
-def exact(store: LayerStore, call: Call) -> tuple[Tensor, Tensor]:
-    """The same in float64 over decoded entries."""
+def exact(
+    store: LayerStore, call: Call, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """The same in float64 over decoded entries; in fp32, what plain products and sums make of it."""
     plan = store.plan
     keys, values, bias = [], [], []
     for slab in store.pool.slabs:
-        k, v = (x.double() for x in decoded(store, slab))
+        k, v = (x.to(dtype) for x in decoded(store, slab))
         alive = slab.valid()
         mass = slab.meta["mass"][:, :, : slab.pages * PAGE] if "mass" in slab.meta else 0.0
         keys.append(k)
@@ -82,20 +84,20 @@ def exact(store: LayerStore, call: Call) -> tuple[Tensor, Tensor]:
         bias.append((torch.zeros(alive.shape) + mass).masked_fill(~alive, -torch.inf))
     for block in [store.tail] if store.sinks is None else [store.tail, store.sinks]:
         n = block.longest
-        own = block.keys[:, :, :n].double()
+        own = block.keys[:, :, :n].to(dtype)
         if block is store.sinks and plan.in_cache:  # the same as turning queries back
             own = rotated(plan.rope, own, store.sink_gap()[..., None].expand(own.shape[:3]), 1.0)
         keys.append(own)
-        values.append(block.values[:, :, :n].double())
+        values.append(block.values[:, :, :n].to(dtype))
         mass = block.meta["mass"][:, :, :n] if "mass" in block.meta else 0.0
         bias.append(
             (torch.zeros(block.valid(n).shape) + mass).masked_fill(~block.valid(n), -torch.inf)
         )
-    k, v, b = (torch.cat(x, 2) for x in (keys, values, bias))
-    logits = torch.einsum("bhgqd,bhsd->bhgqs", call.query.double(), k) * call.scale
+    k, v, b = (torch.cat(x, 2).to(dtype) for x in (keys, values, bias))
+    logits = torch.einsum("bhgqd,bhsd->bhgqs", call.query.to(dtype), k) * call.scale
     if call.softcap:
         logits = call.softcap * torch.tanh(logits / call.softcap)
-    logits = logits + b.double()[:, :, None, None]
+    logits = logits + b[:, :, None, None]
     lse = logits.logsumexp(-1)
     weights = (logits - lse[..., None]).exp().nan_to_num(0.0)
     assert v.shape[-1] == plan.value_dim

@@ -53,7 +53,7 @@ void fill(Angles& angles, const std::vector<float>& freq) {
   angles.far.resize(2 * pairs * size_t(angles.reach));
   for (size_t i = 0; i < pairs; i++) {
     for (size_t k = 0; k < PAGE; k++) {
-      at(angles.near, i * PAGE + k, pairs * PAGE, double(freq[i]) * double(k));
+      at(angles.near, (k / 16 * pairs + i) * 32 + k % 16, 16, double(freq[i]) * double(k));
       at(angles.step, k * 2 * pairs + i, pairs, double(freq[i]) * double(k));
     }
     for (size_t k = 0; k < size_t(angles.reach); k++)

@@ -37,13 +37,26 @@ static inline __attribute__((always_inline)) Isa::I codes16(const uint8_t* unit,
   return code;
 }
 
-// One e in 32 bits each; not `CLEAN`: with whatever lies above them.
-template <int BITS, bool CLEAN = true>
+// All four e of W lanes, a byte each, in the order that `lookup4` takes.
+template <int BITS>
+static inline __attribute__((always_inline)) Isa::I bytes32(const uint8_t* unit, int k, int half) {
+  constexpr uint32_t MASK = (1u << (BITS == 3 ? 2 : BITS)) - 1;
+  const Isa::I x = Isa::by_e(Isa::loadi(unit + offset_of<BITS>(k, half)));
+  if constexpr (BITS == 8) return x;
+  Isa::I code = Isa::land(Isa::srl16(x, shift_of<BITS>(k, half)), Isa::seti(MASK * 0x01010101u));
+  if constexpr (BITS == 3) {
+    const Isa::I y = Isa::srl16(Isa::by_e(Isa::loadi(unit + 128)), HIGH[k] + 2 * half);
+    code = Isa::lor(code, Isa::sll32(Isa::land(y, Isa::seti(0x01010101u)), 2));
+  }
+  return code;
+}
+
+// One e in 32 bits each.
+template <int BITS>
 static inline __attribute__((always_inline)) Isa::I codes32(const uint8_t* unit, int k, int half, int e) {
   constexpr uint32_t MASK = (1u << (BITS == 3 ? 2 : BITS)) - 1;
   const Isa::I x = Isa::loadi(unit + offset_of<BITS>(k, half));
-  Isa::I code = Isa::srl32(x, shift_of<BITS>(k, half) + 8 * e);
-  if constexpr (CLEAN || BITS == 3) code = Isa::land(code, Isa::seti(MASK));
+  Isa::I code = Isa::land(Isa::srl32(x, shift_of<BITS>(k, half) + 8 * e), Isa::seti(MASK));
   if constexpr (BITS == 3) {
     const Isa::I y = Isa::srl32(Isa::loadi(unit + 128), HIGH[k] + 2 * half + 8 * e);
     code = Isa::lor(code, Isa::sll32(Isa::land(y, Isa::seti(1)), 2));

@@ -60,8 +60,18 @@ struct Isa {
   FN F as_float(I a) { return _mm512_castsi512_ps(a); }
   struct Table { F all; };  // of 16 numbers
   FN Table table(const float* p) { return {load(p)}; }
-  static constexpr bool LOOSE = true;  // `lookup` sees the low bits of a code only
-  template <int> FN F lookup(I code, const Table& t) { return _mm512_permutexvar_ps(code, t.all); }
+  // Levels of codes in bytes (see bytes32), of all four e: a lookup sees the low 4 bits.
+  FN I by_e(I x) { return x; }
+  FN void lookup4(I codes, const Table& t, F* out) {
+    for (int e = 0; e < 4; e++) out[e] = _mm512_permutexvar_ps(srl32(codes, 8 * e), t.all);
+  }
+  // e4m3 codes as fp32, 2^120 too small: exponent and mantissa where fp32 has them.
+  FN void fp8_4(I codes, F* out) {
+    for (int e = 0; e < 4; e++) {
+      const I code = srl32(codes, 8 * e);
+      out[e] = as_float(lor(sll32(land(code, seti(0x80)), 24), sll32(land(code, seti(0x7f)), 20)));
+    }
+  }
   FN void fetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #ifdef KVLOOM_VNNI

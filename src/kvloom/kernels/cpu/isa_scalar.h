@@ -83,8 +83,19 @@ struct Isa {
   static F as_float(I a) { F r; memcpy(&r, &a, sizeof r); return r; }
   struct Table { float x[16]; };
   static Table table(const float* p) { Table t; memcpy(t.x, p, sizeof t.x); return t; }
-  static constexpr bool LOOSE = false;
-  template <int> static F lookup(I code, const Table& t) { return map([&](int i) { return t.x[code.x[i]]; }); }
+  // Levels of codes in bytes (see bytes32), of all four e.
+  static I by_e(I x) { return x; }
+  static void lookup4(I codes, const Table& t, F* out) {
+    for (int e = 0; e < 4; e++) out[e] = map([&](int i) { return t.x[codes.x[i] >> 8 * e & 0xf]; });
+  }
+  // e4m3 codes as fp32, 2^120 too small: exponent and mantissa where fp32 has them.
+  static void fp8_4(I codes, F* out) {
+    for (int e = 0; e < 4; e++)
+      out[e] = as_float(mapi([&](int i) {
+        const uint32_t code = codes.x[i] >> 8 * e;
+        return (code & 0x80) << 24 | (code & 0x7f) << 20;
+      }));
+  }
   static void fetch(const void*) {}
 
   // Four numbers of 15 bits as two words of pairs: (0, 2) and (1, 3), as `madd` takes them.

@@ -124,17 +124,22 @@ static inline void pair_of(const Rotation& rope, int i, int* a, int* b) {
   *b = rope.interleaved ? 2 * i + 1 : i + rope.pairs;
 }
 
+// cos of W tokens of a page from `offset` on (within 16 of them); sin is 16 further.
+static inline const float* near_of(const Rotation& rope, int i, int offset) {
+  return rope.near + (offset / 16 * rope.pairs + i) * 32 + offset % 16;
+}
+
 // Keys x[c][t], times scale[c] plus zero[c], rotated by `offset + t` positions.
 static void rotate_near(const Rotation& rope, int offset, const float* scale, const float* zero, float* x) {
   for (int i = 0; i < rope.pairs; i++) {
-    const float *cos = rope.near + i * PAGE + offset, *sin = cos + rope.pairs * PAGE;
     int ca, cb;
     pair_of(rope, i, &ca, &cb);
     const F sa = Isa::set(scale[ca]), sb = Isa::set(scale[cb]), za = Isa::set(zero[ca]), zb = Isa::set(zero[cb]);
     for (int t = 0; t < TILE; t += W) {
       float *pa = x + ca * TILE + t, *pb = x + cb * TILE + t;
       const F a = Isa::fma(Isa::load(pa), sa, za), b = Isa::fma(Isa::load(pb), sb, zb);
-      const F c = Isa::load(cos + t), s = Isa::load(sin + t);
+      const float* cos = near_of(rope, i, offset + t);
+      const F c = Isa::load(cos), s = Isa::load(cos + 16);
       Isa::store(pa, Isa::sub(Isa::mul(a, c), Isa::mul(b, s)));
       Isa::store(pb, Isa::fma(b, c, Isa::mul(a, s)));
     }
@@ -148,8 +153,8 @@ static void rotated_products(const Rotation& rope, int offset, const float* scal
   for (int t = 0; t < TILE; t += 2 * W) {
     F sum[H][2];
     for (int h = 0; h < H; h++) sum[h][0] = sum[h][1] = Isa::zero();
+    const float* near[2] = {near_of(rope, 0, offset + t), near_of(rope, 0, offset + t + W)};
     for (int i = 0; i < rope.pairs; i++) {
-      const float *cos = rope.near + i * PAGE + offset + t, *sin = cos + rope.pairs * PAGE;
       int ca, cb;
       pair_of(rope, i, &ca, &cb);
       const F sa = Isa::set(scale[ca]), sb = Isa::set(scale[cb]), za = Isa::set(zero[ca]), zb = Isa::set(zero[cb]);
@@ -157,7 +162,7 @@ static void rotated_products(const Rotation& rope, int offset, const float* scal
       for (int v = 0; v < 2; v++) {
         const F a = Isa::fma(Isa::load(x + ca * TILE + t + v * W), sa, za);
         const F b = Isa::fma(Isa::load(x + cb * TILE + t + v * W), sb, zb);
-        const F c = Isa::load(cos + v * W), s = Isa::load(sin + v * W);
+        const F c = Isa::load(near[v] + 32 * i), s = Isa::load(near[v] + 32 * i + 16);
         p[v] = Isa::sub(Isa::mul(a, c), Isa::mul(b, s));
         q[v] = Isa::fma(b, c, Isa::mul(a, s));
       }
@@ -177,10 +182,10 @@ static void rotate_far(const Rotation& rope, const int32_t* positions, float* x)
   int32_t lo[TILE], hi[TILE];
   for (int t = 0; t < TILE; t++) {
     const int32_t p = positions[t] < 0 || positions[t] / PAGE >= rope.reach ? 0 : positions[t];
-    lo[t] = p % PAGE, hi[t] = p / PAGE * 2 * rope.pairs;
+    lo[t] = p % PAGE * 2 * rope.pairs, hi[t] = p / PAGE * 2 * rope.pairs;
   }
   for (int i = 0; i < rope.pairs; i++) {
-    const float *cn = rope.near + i * PAGE, *sn = cn + rope.pairs * PAGE;
+    const float *cn = rope.step + i, *sn = cn + rope.pairs;
     const float *cf = rope.far + i, *sf = cf + rope.pairs;
     int ca, cb;
     pair_of(rope, i, &ca, &cb);

@@ -132,13 +132,6 @@ static void times_matrix(const float* x, int R, int64_t stride, const float* mat
 
 // ---- codes as numbers -------------------------------------------------------------------------------
 
-// e4m3 in the low byte: sign, then exponent and mantissa where fp32 has them, 2^120 too small
-static inline F of_fp8(Isa::I code) {
-  const Isa::I sign = Isa::sll32(Isa::land(code, Isa::seti(0x80)), 24);
-  const Isa::I rest = Isa::sll32(Isa::land(code, Isa::seti(0x7f)), 20);
-  return Isa::mul(Isa::as_float(Isa::lor(sign, rest)), Isa::set(1.329227995784916e36f));
-}
-
 // What codes mean: themselves, entries of a table, or e4m3 numbers.
 template <Kind KIND, int BITS>
 struct Levels {
@@ -150,10 +143,14 @@ struct Levels {
       table = Isa::table(room);
     }
   }
-  inline __attribute__((always_inline)) F operator()(Isa::I code) const {
-    if constexpr (KIND == LEVELS) return Isa::lookup<(1 << BITS)>(code, table);
-    if constexpr (KIND == FP8) return of_fp8(code);
-    return Isa::to_float(code);
+  // A vector of codes for each e of a quad.
+  inline __attribute__((always_inline)) void four(const uint8_t* unit, int k, int half, F* out) const {
+    if constexpr (KIND == LEVELS) return Isa::lookup4(bytes32<BITS>(unit, k, half), table, out);
+    if constexpr (KIND == FP8) Isa::fp8_4(bytes32<BITS>(unit, k, half), out);
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; e++)
+      out[e] = KIND == FP8 ? Isa::mul(out[e], Isa::set(1.329227995784916e36f))  // 2^120
+                           : Isa::to_float(codes32<BITS>(unit, k, half, e));
   }
 };
 
@@ -162,7 +159,6 @@ template <Kind KIND, int BITS, bool NARROW>
 static void spread(const Levels<KIND, BITS> level, const uint8_t* __restrict p, int quads, float* __restrict x,
                    int64_t ld) {
   constexpr int UNIT = quads_of_unit(BITS), BYTES = bytes_of_unit(BITS);
-  constexpr bool CLEAN = KIND != LEVELS || !Isa::LOOSE;
   for (int j = 0; j < quads; j += UNIT)
     for (int s = 0; s < 16 / W; s++) {
       const uint8_t* unit = p + (j / UNIT) * BYTES + s * 4 * W;
@@ -171,9 +167,10 @@ static void spread(const Levels<KIND, BITS> level, const uint8_t* __restrict p, 
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
           const int quad = NARROW ? 2 * (j + k) + half : j + k, lane = NARROW ? 0 : half * 16;
+          F number[4];
+          level.four(unit, k, half, number);
 #pragma GCC unroll 4
-          for (int e = 0; e < 4; e++)
-            Isa::store(x + (4 * quad + e) * ld + lane + s * W, level(codes32<BITS, CLEAN>(unit, k, half, e)));
+          for (int e = 0; e < 4; e++) Isa::store(x + (4 * quad + e) * ld + lane + s * W, number[e]);
         }
     }
 }

@@ -67,7 +67,9 @@ struct Dense {
 
 // How keys and queries are rotated, where that is the kernels' work.
 struct Rotation {
-  const float* near = nullptr;   // [2][pairs][PAGE]: cos and sin of 0, 1, .. positions
+  // cos and sin of 0, 1, .. positions, as tiles read them: [PAGE / 16][pairs][2][16], so that what 16 tokens
+  // need is consecutive (rows of a page's length would share a few sets of the first cache)
+  const float* near = nullptr;
   const float* step = nullptr;   // [PAGE][2][pairs]: the same
   const float* far = nullptr;    // [reach][2][pairs]: of 0, PAGE, 2 PAGE, .. positions
   int64_t reach = 0;
