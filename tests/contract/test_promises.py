@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -56,7 +57,11 @@ def make(model, recipe, budget=f"{CAPACITY}tok", **kw):
     return CompressedCache(model, recipe, budget if takes else None, **kw)
 
 
-def stepwise(model, cache, ids, mask=None, chunk=40, steps=50):
+# more tokens one by one than the longest schedule waits for (every=16, slack=4)
+STEPS = 24
+
+
+def stepwise(model, cache, ids, mask=None, chunk=40, steps=STEPS):
     """Chunks, then tokens, yielding the logits of each forward; masks grow as generate's do."""
     n = ids.shape[1]
     edges = [*range(0, n - steps, chunk), *range(n - steps, n), n]
@@ -112,7 +117,7 @@ def _check_rows(recipe, kind):
         budget = recipes.budget_for(model, recipe, kind, rows, tokens=230)
         return CompressedCache(model, recipe, budget)
 
-    batch = list(stepwise(model, cache(3), ids, mask, steps=40))
+    batch = list(stepwise(model, cache(3), ids, mask))
     for row, n in enumerate(lengths):
         # alone, with the same chunk edges: a chunk sees its own tokens exactly
         alone = _alone(model, cache(1), ids[row : row + 1], mask[row : row + 1], n)
@@ -135,7 +140,7 @@ def _alone(model, cache, ids, mask, n):
     """The row without its padding, cut where the padded batch is cut."""
     pads = ids.shape[1] - n
     outs, position = [], 0
-    edges = [*range(0, ids.shape[1] - 40, 40), *range(ids.shape[1] - 40, ids.shape[1])]
+    edges = [*range(0, ids.shape[1] - STEPS, 40), *range(ids.shape[1] - STEPS, ids.shape[1])]
     for i, start in enumerate(edges):
         stop = edges[i + 1] if i + 1 < len(edges) else ids.shape[1]
         start, stop = max(start, pads), max(stop, pads)
@@ -155,7 +160,7 @@ def test_ceiling_holds_after_every_forward(recipe, kind, second):
     budget = recipes.budget_for(model, recipe, kind, rows=2, tokens=400)
     cache = CompressedCache(model, recipe, budget)
     ids, mask = left_padded([400, second])
-    for _ in stepwise(model, cache, ids, mask, chunk=64, steps=100):
+    for _ in stepwise(model, cache, ids, mask, chunk=64, steps=2 * STEPS):
         for layer in cache.layers:
             _check_lengths(layer.store)
         assert cache.nbytes <= cache.ceiling()
@@ -177,7 +182,7 @@ def _check_lengths(store):
 def test_a_percentage_is_of_a_16_bit_dense_cache(recipe, share):
     model = build("llama", dtype=torch.bfloat16)
     cache = CompressedCache(model, recipe, f"{share}%")
-    for _ in stepwise(model, cache, tokens(700), chunk=100, steps=50):
+    for _ in stepwise(model, cache, tokens(700), chunk=100):
         dense = 3 * 2 * (16 + 16) * 2 * cache.get_seq_length()
         assert cache.nbytes <= max(share / 100 * dense, cache.floor())
     # the bytes are used, though pages of 64 are coarse for budgets of a few hundred entries, and
@@ -251,15 +256,10 @@ def test_mergers_with_masses_lose_less_than_dropping(merger, fmt):
     way. `drop` keeps none. `nearest`, `cam`, `d2o` and `refit` move values, and some keys; an entry
     still attends like one token, so that they lose as much mass as dropping.
     """
-    model, ids = build("llama"), tokens(300)
-    caches = [make(model, f"h2o | {merger} | {fmt}"), make(model, f"h2o | {fmt}")]
-    for cache in caches:
-        for _ in stepwise(model, cache, ids):
-            pass
-    for layer, plain in zip(*(cache.layers for cache in caches), strict=True):
-        store, counters, chosen = layer.store, layer.store.counters, caches[0].recipe.merger
-        lost, dropped = ((x.seen[:, None] - _mass(x)).sum() for x in (store, plain.store))
-        assert float(dropped) == pytest.approx(plain.store.counters.evicted) and dropped > 0
+    cache = _after_300(f"h2o | {merger} | {fmt}")
+    for layer, dropped in zip(cache.layers, _dropped(fmt), strict=True):
+        store, counters, chosen = layer.store, layer.store.counters, cache.recipe.merger
+        lost = _lost(store)
         has_mass = store.centroids is not None or "mass" in chosen.state_names
         if not has_mass or not chosen.serves(layer.index):
             assert float(lost) == pytest.approx(counters.evicted)
@@ -268,6 +268,28 @@ def test_mergers_with_masses_lose_less_than_dropping(merger, fmt):
             assert abs(float(lost)) < 1e-4 * int(store.seen.sum())
         else:
             assert lost < dropped, (float(lost), float(dropped))
+
+
+def _after_300(recipe):
+    model = build("llama")
+    cache = make(model, recipe)
+    for _ in stepwise(model, cache, tokens(300)):
+        pass
+    return cache
+
+
+@functools.cache
+def _dropped(fmt):
+    """What each layer has lost where nothing merges."""
+    stores = [layer.store for layer in _after_300(f"h2o | {fmt}").layers]
+    lost = [float(_lost(store)) for store in stores]
+    assert all(n > 0 for n in lost)
+    assert lost == pytest.approx([store.counters.evicted for store in stores])
+    return lost
+
+
+def _lost(store):
+    return (store.seen[:, None] - _mass(store)).sum()
 
 
 def _mass(store):
@@ -286,10 +308,7 @@ def _mass(store):
 @pytest.mark.parametrize("recipe", ALL, ids=recipes.short)
 def test_deterministic(recipe):
     model = build("llama")
-    runs = [
-        torch.cat(list(stepwise(model, make(model, recipe), tokens(200), steps=40)), 1)
-        for _ in "ab"
-    ]
+    runs = [torch.cat(list(stepwise(model, make(model, recipe), tokens(200))), 1) for _ in "ab"]
     assert torch.equal(*runs)
 
 
@@ -297,17 +316,17 @@ def test_deterministic(recipe):
 def test_copy_and_reset(recipe):
     model = build("llama")
     cache, ids = make(model, recipe), tokens(260)
-    list(stepwise(model, cache, ids[:, :200], steps=30))
+    list(stepwise(model, cache, ids[:, :200]))
     twin = copy.deepcopy(cache)
     assert twin.nbytes == cache.nbytes
-    first = torch.cat(list(stepwise(model, cache, ids[:, 200:], steps=40)), 1)
-    second = torch.cat(list(stepwise(model, twin, ids[:, 200:], steps=40)), 1)
+    first = torch.cat(list(stepwise(model, cache, ids[:, 200:])), 1)
+    second = torch.cat(list(stepwise(model, twin, ids[:, 200:])), 1)
     assert torch.equal(first, second)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.nbytes == 0
     fresh = make(model, recipe)
-    again = torch.cat(list(stepwise(model, cache, ids, steps=40)), 1)
-    assert torch.equal(again, torch.cat(list(stepwise(model, fresh, ids, steps=40)), 1))
+    again = torch.cat(list(stepwise(model, cache, ids)), 1)
+    assert torch.equal(again, torch.cat(list(stepwise(model, fresh, ids)), 1))
 
 
 @pytest.mark.parametrize("name", sorted(registry.policies()))
