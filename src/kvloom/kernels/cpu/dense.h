@@ -42,12 +42,29 @@ static inline int64_t element_of(const Dense& dense, int64_t tile) {
   return tile / 2 * dense.head + tile % 2 * TILE * dense.token;
 }
 
+// Four rows of four numbers, `from` apart, as four columns, `to` apart.
+static inline void turn4(const float* x, int64_t from, float* out, int64_t to) {
+  using V = float __attribute__((vector_size(16), aligned(4)));
+  const auto row = [&](int i) { return *reinterpret_cast<const V*>(x + i * from); };
+  const V a = row(0), b = row(1), c = row(2), d = row(3);
+  const V ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const V ef = __builtin_shufflevector(a, b, 2, 6, 3, 7), gh = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const V columns[4] = {__builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+                        __builtin_shufflevector(ef, gh, 0, 1, 4, 5), __builtin_shufflevector(ef, gh, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; i++) *reinterpret_cast<V*>(out + i * to) = columns[i];
+}
+
 // A dense tile of keys as x[c][t].
 static void across(Work& w, const Dense& keys, int64_t tile) {
   const char* p = static_cast<const char*>(keys.data) + element_of(keys, tile) * size_of(keys.dtype);
-  float* rows = w.tile + TILE * w.wide;
-  widen(p, keys.dtype, keys.token, TILE, keys.width, rows);
-  for (int t = 0; t < TILE; t++)
-    for (int c = 0; c < w.D; c++) w.tile[c * TILE + t] = rows[t * w.D + c];
+  const float* rows = reinterpret_cast<const float*>(p);
+  int64_t ld = keys.token;
+  if (keys.dtype != F32 || keys.width != w.D) {
+    float* wide = w.tile + TILE * w.wide;
+    widen(p, keys.dtype, keys.token, TILE, keys.width, wide);
+    rows = wide, ld = w.D;
+  }
+  for (int t = 0; t < TILE; t += 4)
+    for (int c = 0; c < w.D; c += 4) turn4(rows + t * ld + c, ld, w.tile + c * TILE + t, TILE);
 }
 }  // namespace
