@@ -22,6 +22,7 @@ from kvloom.core.view import entries_of
 from kvloom.formats.dense import Dense
 from kvloom.hf.context import Host
 from tests.contract import recipes
+from tests.contract.contests import contests
 from tests.contract.covering import covering
 from tests.contract.recipes import CAPACITY, FACTORS, NONE, allowed, registered
 from tests.models import build, generate, left_padded, tokens
@@ -117,29 +118,39 @@ def _check_rows(recipe, kind):
         budget = recipes.budget_for(model, recipe, kind, rows, tokens=230)
         return CompressedCache(model, recipe, budget)
 
-    batch = list(stepwise(model, cache(3), ids, mask))
+    with contests() as shared:
+        batch = list(stepwise(model, cache(3), ids, mask))
     for row, n in enumerate(lengths):
         # alone, with the same chunk edges: a chunk sees its own tokens exactly
-        alone = _alone(model, cache(1), ids[row : row + 1], mask[row : row + 1], n)
+        with contests() as own:
+            alone = _alone(model, cache(1), ids[row : row + 1], mask[row : row + 1], n)
         together = torch.cat([out[row] for out in batch])[-n:]
-        error, spread = (together - alone).abs().max(), alone.abs().max()
-        if (
-            error >= 2e-3 * spread
-        ):  # a code that rounds the other way: little of what the recipe does
-            plain = build("llama")
-            dense = DynamicCache(config=plain.config)
-            dense = _alone(plain, dense, ids[row : row + 1], mask[row : row + 1], n)
-            fmt = Recipe.parse(recipe).format
-            assert fmt is not None and fmt != Dense(), f"row {row} of {lengths}"
-            # one step of a code of 2 bits is a third of its range
-            share = 0.2 if fmt.layout(16, 16, torch.float32).bits("key", 16) < 5 else 0.05
-            assert error < share * (alone - dense).abs().max(), f"row {row} of {lengths}"
+        if not _same_row(recipe, ids[row : row + 1], mask[row : row + 1], together, alone):
+            assert any(shared + own), f"row {row} of {lengths}"
+            # rounding chose another entry, but not before the budget was used up
+            start = max(0, n - lengths[0] + 120)
+            assert torch.allclose(together[:start], alone[:start], rtol=0, atol=2e-3)
+
+
+def _same_row(recipe, ids, mask, together, alone):
+    error = (together - alone).abs().max()
+    if error < 2e-3 * alone.abs().max():
+        return True
+    # a code that rounds the other way: little of what the recipe does
+    fmt = Recipe.parse(recipe).format
+    if fmt is None or fmt == Dense():
+        return False
+    plain = build("llama")
+    dense = _alone(plain, DynamicCache(config=plain.config), ids, mask, len(alone))
+    # one step of a code of 2 bits is a third of its range
+    share = 0.2 if fmt.layout(16, 16, torch.float32).bits("key", 16) < 5 else 0.05
+    return error < share * (alone - dense).abs().max()
 
 
 def _alone(model, cache, ids, mask, n):
     """The row without its padding, cut where the padded batch is cut."""
     pads = ids.shape[1] - n
-    outs, position = [], 0
+    outs = []
     edges = [*range(0, ids.shape[1] - STEPS, 40), *range(ids.shape[1] - STEPS, ids.shape[1])]
     for i, start in enumerate(edges):
         stop = edges[i + 1] if i + 1 < len(edges) else ids.shape[1]
@@ -147,7 +158,6 @@ def _alone(model, cache, ids, mask, n):
         if stop == start:
             continue
         outs.append(model(ids[:, start:stop], past_key_values=cache).logits[0])
-        position += stop - start
     return torch.cat(outs)
 
 
@@ -182,7 +192,10 @@ def _check_lengths(store):
 def test_a_percentage_is_of_a_16_bit_dense_cache(recipe, share):
     model = build("llama", dtype=torch.bfloat16)
     cache = CompressedCache(model, recipe, f"{share}%")
-    for _ in stepwise(model, cache, tokens(700), chunk=100):
+    # heads that share what they hold each need room for one more page
+    allocator = cache.recipe.allocator
+    n = 1400 if allocator is not None and allocator.pools else 700
+    for _ in stepwise(model, cache, tokens(n), chunk=100):
         dense = 3 * 2 * (16 + 16) * 2 * cache.get_seq_length()
         assert cache.nbytes <= max(share / 100 * dense, cache.floor())
     # the bytes are used, though pages of 64 are coarse for budgets of a few hundred entries, and
