@@ -13,11 +13,12 @@ from tests.oracle.shadow import NOISE
 
 
 @contextmanager
-def contests() -> Iterator[list[bool]]:
-    """Takes down, for every selection made meanwhile, whether some entry is worth as much as the last one
-    that stays, up to noise. Equal scores are no contest: age decides.
+def contests() -> Iterator[list[torch.Tensor]]:
+    """Takes down, for every selection made meanwhile, in which rows some entry at the border between those that
+    stay and those that go is worth as much as another up to noise: bool `[B]` each. Equal scores are no
+    contest: age decides.
     """
-    found: list[bool] = []
+    found: list[torch.Tensor] = []
     chosen = compress.select
 
     def select(scores, entries, target):
@@ -29,9 +30,11 @@ def contests() -> Iterator[list[bool]]:
         yield found
 
 
-def _contested(scores, target) -> bool:
-    ranked = scores.sort(-1, descending=True).values
-    last = ranked.gather(-1, (target[..., None] - 1).clamp(0, ranked.shape[-1] - 1))
+def _contested(scores, target) -> torch.Tensor:
+    S = scores.shape[-1]
+    ranked, place = scores.sort(-1, descending=True).values, target[..., None]
+    last, first = (ranked.gather(-1, (place - i).clamp(0, S - 1)) for i in (1, 0))
+    noise = NOISE * last.abs()
     gap = (ranked - last).abs()
-    close = (gap > 0) & (gap < NOISE * last.abs())
-    return bool((close & torch.isfinite(last)).any())
+    decided = (place > 0) & (place < S) & (last - first < noise) & torch.isfinite(last)
+    return (decided & (gap > 0) & (gap < noise)).flatten(1).any(1)

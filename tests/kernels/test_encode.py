@@ -33,13 +33,14 @@ def pages(n, width, dtype, kind, seed=0):
 
 def served_by(name, isa, make):
     """What `make()` returns with a backend, as at the start of a process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVLOOM_BACKEND", name)
-        patch.setenv("KVLOOM_ISA", isa)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KVLOOM_BACKEND", name)
+            patch.setenv("KVLOOM_ISA", isa)
+            reset()
+            return make()
+    finally:
         reset()
-        made = make()
-    reset()
-    return made
 
 
 def reset():
@@ -97,6 +98,9 @@ RECIPES = [
 def test_other_formats(isa, recipe, widths, dtype, kind):
     fmt = Recipe.parse(recipe).format
     tables = fmt.tables(place_of(*widths, heads=3), torch.device("cpu"))
+    for name in ("key_bounds", "value_bounds"):  # as calibrations give them: each head its own
+        if name in tables:
+            tables[name] = tables[name] * torch.tensor([[1.0], [0.7], [1.3]])
     head = torch.tensor([0, 0, 0, 1, 2, 2])
     keys, values = (pages(6, width, dtype, kind, seed=i) for i, width in enumerate(widths))
 
@@ -147,6 +151,17 @@ def test_a_page_of_no_row_is_refused():
         cpu_encode.by_scales(x, torch.ones(1, 32).half(), torch.tensor([0, 1]), 4, True)
     with pytest.raises(ValueError, match="must be among 3 rows"):
         cpu_encode.by_levels(x, torch.zeros(3, 7), torch.tensor([0]), True)
+
+
+def test_what_does_not_fit_is_refused():
+    x, none = torch.zeros(2, PAGE, 32), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"scales: \(1, 16\) should be \(1, 32\)"):
+        cpu_encode.by_scales(x, torch.ones(1, 16).half(), none, 4, True)
+    for wrong in (5, 255):
+        with pytest.raises(ValueError, match=rf"bounds of 2 to 4 bits: \(1, {wrong}\) should be"):
+            cpu_encode.by_levels(x, torch.zeros(1, wrong), none, True)
+    with pytest.raises(ValueError, match=r"levels: \(4,\) should be \(8,\)"):
+        cpu_encode.by_levels(x, torch.zeros(1, 7), none, True, torch.zeros(4))
 
 
 def test_the_kernels_are_what_serves_by_default(monkeypatch):

@@ -280,7 +280,7 @@ class PagePool:
             slab.alive[target] = True
         if slab.base is not None:
             firsts = block.meta["positions"][:, :, ::PAGE]
-            slab.base[places(slab.used, pages)] = firsts[places(none, pages)]
+            slab.base[places(slab.used, pages)] = firsts[places(none, pages)].to(slab.base.dtype)
 
     # -- freeing ---------------------------------------------------------------------------------
 

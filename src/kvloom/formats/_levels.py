@@ -167,14 +167,16 @@ def code(
     """
     if ops.cpu_encodes(x):
         return cpu_encode.by_levels(x, bounds, of, part == "key", level)
-    codes = torch.searchsorted(bounds[of], x.flatten(1)).view(x.shape)
+    if len(bounds) == 1:
+        codes = torch.bucketize(x, bounds[0])
+    else:
+        codes = torch.searchsorted(bounds[of], x.flatten(1)).view(x.shape)
     pack = pack_keys if part == "key" else pack_values
     packed = pack(codes.unflatten(1, (-1, TILE)), bounds.shape[1].bit_length())
     if level is None:
         return packed, x.new_empty(0)
-    exact = (
-        torch.float32 if x.device.type == "mps" else torch.float64
-    )  # whatever the order of adding
+    # fp64: the same in whatever order it is added up
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
     return packed, level.to(exact).square()[codes].sum(-1).sqrt().float()
 
 

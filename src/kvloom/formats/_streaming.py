@@ -94,7 +94,8 @@ def _places(batch: PageBatch) -> Tensor:
 def shifts(peaks: Tensor, batch: PageBatch, most: int, ratio: float) -> Tensor:
     """Whether each page has a channel above `ratio` times what its chunk has seen so far, host bool `[N]`.
 
-    `peaks [N, W]`; chunks are those which these very ends make. Waits for the device.
+    `peaks [N, W]`; chunks are those which these very ends make. Pages of an owner are consecutive. Waits for
+    the device.
     """
     place, peaks = _places(batch), peaks.cpu()
     owner = batch.row * batch.heads + batch.head
@@ -103,7 +104,7 @@ def shifts(peaks: Tensor, batch: PageBatch, most: int, ratio: float) -> Tensor:
     for nth in range(int(place.max()) + 1):  # a page of every owner at a time
         at = (place == nth).nonzero()[:, 0]
         mine = owner[at]
-        full = length[mine] % most == 0
+        full = (length[mine] == most) | (nth == 0)
         ends[at] = ~full & (peaks[at] > ratio * held[mine]).any(1)
         new = full | ends[at]
         held[mine] = torch.where(new[:, None], peaks[at], torch.maximum(held[mine], peaks[at]))

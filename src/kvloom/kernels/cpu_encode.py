@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels.cpu_backend import DTYPES, address, isa, loaded
-from kvloom.kernels.layout import tile_nbytes
+from kvloom.kernels.layout import TILE, tile_nbytes
 
 RANGES, SCALED, LEVELS, FP8 = range(4)  # types.h: Encode::Rule
-PAGE = 64
 
 
 def by_ranges(
@@ -40,6 +39,7 @@ def by_scales(x: Tensor, scales: Tensor, of: Tensor, bits: int, keys: bool) -> T
     `of [N]`, whose a page's are.
     """
     x, scales, of = x.contiguous(), scales.contiguous(), _rows(of, len(x), len(scales))
+    _check_shape("scales", scales, (len(scales), x.shape[2]))
     codes = _codes(x, bits)
     call = _call(SCALED, x, codes, bits, keys)
     call.given, call.of = address(scales, torch.float16), address(of, torch.int64)
@@ -56,11 +56,13 @@ def by_levels(
     """
     x, bounds, of = x.contiguous(), bounds.contiguous(), _rows(of, len(x), len(bounds))
     bits = bounds.shape[1].bit_length()
+    _check_shape("bounds of 2 to 4 bits", bounds, (len(bounds), (1 << min(max(bits, 2), 4)) - 1))
     codes = _codes(x, bits)
     call = _call(LEVELS, x, codes, bits, keys)
     call.bounds, call.of = address(bounds, torch.float32), address(of, torch.int64)
     norms = torch.empty(x.shape[:2] if levels is not None else 0, dtype=torch.float32)
     if levels is not None:
+        _check_shape("levels", levels, (1 << bits,))
         call.levels, call.norms = address(levels, torch.float32), address(norms)
     _run(call, x)
     return codes, norms
@@ -69,7 +71,7 @@ def by_levels(
 def by_peaks(x: Tensor, keys: bool) -> tuple[Tensor, Tensor]:
     """Packed e4m3 codes of pages `x [N, 64, W]`, and fp16 scales `[N, 2, 1, 32]` of their tokens."""
     x = x.contiguous()
-    codes, scales = _codes(x, 8), torch.empty(len(x), 2, 1, PAGE // 2, dtype=torch.float16)
+    codes, scales = _codes(x, 8), torch.empty(len(x), 2, 1, TILE, dtype=torch.float16)
     call = _call(FP8, x, codes, 8, keys)
     call.scale = address(scales)
     _run(call, x)
@@ -85,6 +87,11 @@ def _rows(of: Tensor, pages: int, most: int) -> Tensor:
     if of.shape != (pages,) or (pages and not 0 <= int(of.min()) <= int(of.max()) < most):
         raise ValueError(f"{tuple(of.shape)} places of {pages} pages must be among {most} rows")
     return of.contiguous()
+
+
+def _check_shape(what: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{what}: {tuple(x.shape)} should be {shape}")
 
 
 def _call(rule: int, x: Tensor, codes: Tensor, bits: int, keys: bool) -> Any:

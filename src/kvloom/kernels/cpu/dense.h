@@ -1,5 +1,9 @@
 // Keys and values as the model made them: pages that are not packed, tail, sinks, centroids.
 #pragma once
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
 #include "work.h"
 
 namespace {
@@ -44,14 +48,14 @@ static inline int64_t element_of(const Dense& dense, int64_t tile) {
 
 // Four rows of four numbers, `from` apart, as four columns, `to` apart.
 static inline void turn4(const float* x, int64_t from, float* out, int64_t to) {
-  using V = float __attribute__((vector_size(16), aligned(4)));
-  const auto row = [&](int i) { return *reinterpret_cast<const V*>(x + i * from); };
-  const V a = row(0), b = row(1), c = row(2), d = row(3);
-  const V ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  const V ef = __builtin_shufflevector(a, b, 2, 6, 3, 7), gh = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  const V columns[4] = {__builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
-                        __builtin_shufflevector(ef, gh, 0, 1, 4, 5), __builtin_shufflevector(ef, gh, 2, 3, 6, 7)};
-  for (int i = 0; i < 4; i++) *reinterpret_cast<V*>(out + i * to) = columns[i];
+#ifdef __SSE__
+  __m128 a = _mm_loadu_ps(x), b = _mm_loadu_ps(x + from), c = _mm_loadu_ps(x + 2 * from), d = _mm_loadu_ps(x + 3 * from);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(out, a), _mm_storeu_ps(out + to, b), _mm_storeu_ps(out + 2 * to, c), _mm_storeu_ps(out + 3 * to, d);
+#else
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 4; j++) out[j * to + i] = x[i * from + j];
+#endif
 }
 
 // A dense tile of keys as x[c][t].

@@ -1,5 +1,5 @@
 // Pages to packed codes in one pass: ranges where they are not given, codes, packing. Equal bit by bit to the
-// torch of formats/_grid.py, fp8.py, _levels.py and _streaming_codes.py.
+// torch of formats/_grid.py, fp8.py, _levels.py and _streaming_codes.py. Numbers are finite: a cache refuses others.
 #pragma once
 #include "tiles.h"
 

@@ -36,25 +36,25 @@ static float* out(Address a) { return reinterpret_cast<float*>(a); }
 NB_MODULE(_cpu, m) {
   m.attr("INTERFACE") = 3;  // see cpu_backend.py
   m.def("instruction_sets", instruction_sets);
-  nb::class_<Encode> pages(m, "Encode");
-  pages.def(nb::init<>())
+  nb::class_<Encode> job(m, "Encode");
+  job.def(nb::init<>())
       .def_rw("width", &Encode::width)
       .def_rw("bits", &Encode::bits)
       .def_rw("keys", &Encode::keys)
       .def_rw("per_token", &Encode::per_token)
       .def_rw("symmetric", &Encode::symmetric)
       .def_rw("group", &Encode::group);
-  number(pages, "rule", &Encode::rule);
-  number(pages, "dtype", &Encode::dtype);
-  untyped(pages, "source", &Encode::source);
-  address(pages, "codes", &Encode::codes);
-  address(pages, "scale", &Encode::scale);
-  address(pages, "zero", &Encode::zero);
-  address(pages, "of", &Encode::of);
-  address(pages, "given", &Encode::given);
-  address(pages, "bounds", &Encode::bounds);
-  address(pages, "levels", &Encode::levels);
-  address(pages, "norms", &Encode::norms);
+  number(job, "rule", &Encode::rule);
+  number(job, "dtype", &Encode::dtype);
+  untyped(job, "source", &Encode::source);
+  address(job, "codes", &Encode::codes);
+  address(job, "scale", &Encode::scale);
+  address(job, "zero", &Encode::zero);
+  address(job, "of", &Encode::of);
+  address(job, "given", &Encode::given);
+  address(job, "bounds", &Encode::bounds);
+  address(job, "levels", &Encode::levels);
+  address(job, "norms", &Encode::norms);
   m.def("encode", [](const Encode& e, int64_t pages, const std::string& isa, int threads) {
     nb::gil_scoped_release free;
     encode(e, pages, isa, threads);

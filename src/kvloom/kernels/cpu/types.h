@@ -151,7 +151,7 @@ struct Result {
 };
 constexpr int MAX_PARTS = 256;   // partials of one (row, head)
 
-// Pages of keys or values [pages][64][width], to be coded and packed (formats/_grid.py, fp8.py, _levels.py).
+// Pages of keys or values [pages][64][width], to be coded and packed (see encode.h).
 struct Encode {
   // ranges: scales of the numbers themselves; scaled: symmetric, by scales that are given for channels;
   // levels: numbers are normalised, and bounds say where one code ends and the next begins; fp8: e4m3
