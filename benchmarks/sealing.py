@@ -2,7 +2,8 @@
 
     python benchmarks/sealing.py                    (512 tokens, 8 KV heads of 128, 1 thread)
 
-One chunk of one layer, as a prefill seals it; ratios are medians within rounds.
+One chunk of one layer, as a prefill seals it; both must make the same bits of it. Ratios are medians within
+rounds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from _common import append_rows, interleaved, paired_ratio, provenance
 
 from kvloom import Recipe
-from kvloom.core.format import PAGE, PageBatch, PageFormat, Place
+from kvloom.core.format import PAGE, Encoded, PageBatch, PageFormat, Place
 from kvloom.kernels import ops
 
 RECIPES = (
@@ -27,10 +28,18 @@ RECIPES = (
 BACKENDS = ("cpu", "torch")
 
 
-def sealed_by(backend: str, fmt: PageFormat, batch: PageBatch) -> None:
+def sealed_by(backend: str, fmt: PageFormat, batch: PageBatch) -> Encoded:
     os.environ["KVLOOM_BACKEND"] = backend
     ops.forced_backend.cache_clear()
-    fmt.encode(batch, {})
+    return fmt.encode(batch, {})
+
+
+def check(fmt: PageFormat, batch: PageBatch) -> None:
+    """Raise RuntimeError unless both make the same bits."""
+    ours, theirs = (sealed_by(name, fmt, batch).tile for name in BACKENDS)
+    wrong = [name for name, x in theirs.items() if not torch.equal(ours[name], x)]
+    if wrong:
+        raise RuntimeError(f"{fmt}: {', '.join(wrong)} differ between {' and '.join(BACKENDS)}")
 
 
 def measure(given: argparse.Namespace, recipe: str) -> dict[str, Any]:
@@ -42,6 +51,7 @@ def measure(given: argparse.Namespace, recipe: str) -> dict[str, Any]:
     assert fmt is not None
     tables = fmt.tables(Place(0, 1, H, D, D), keys.device)
     batch = PageBatch(keys, values, torch.zeros_like(head), head, 1, H, tables)
+    check(fmt, batch)
     calls: dict[str, Callable[[], Any]] = {
         name: lambda name=name: sealed_by(name, fmt, batch)  # type: ignore[misc]
         for name in BACKENDS
@@ -67,10 +77,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dry-run", action="store_true", help="print, but write no rows")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     with torch.no_grad():
-        append_rows("sealing", [measure(given, recipe) for recipe in given.recipes])
+        rows = [measure(given, recipe) for recipe in given.recipes]
+    if not given.dry_run:
+        append_rows("sealing", rows)
 
 
 if __name__ == "__main__":
