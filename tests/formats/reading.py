@@ -30,6 +30,16 @@ def place_of(key_dim: int, value_dim: int, heads: int = 1, rope: Any = None) -> 
     return Place(0, 1, heads, key_dim, value_dim, rope)
 
 
+def tensors(encoded: Encoded) -> dict[str, Tensor]:
+    """Everything that was made, by path."""
+    found = {f"slot.{n}": x for n, x in encoded.slot.items()}
+    found |= {f"tile.{n}": x for n, x in encoded.tile.items()}
+    for family, sets in encoded.sets.items():
+        found |= {f"{family}.{n}": x for n, x in sets.fields.items()}
+        found[f"{family} ids"] = torch.as_tensor(sets.of)
+    return found | {f"statistics.{n}": x for n, x in encoded.statistics.items()}
+
+
 def stored_page(encoded: Encoded, page: int, tables: dict[str, Tensor], widths) -> Stored:
     """One page as a pool hands it to a format, with leading dimensions (row, head)."""
     slot = {name: x[page][None, None] for name, x in encoded.slot.items()}

@@ -13,7 +13,7 @@ from kvloom.core.recipe import Recipe
 from kvloom.kernels.layout import TILE
 from kvloom.positions.rope import RopeSpec
 from tests.contract.recipes import registered
-from tests.formats.reading import place_of, stored_page
+from tests.formats.reading import place_of, stored_page, tensors
 
 FORMATS = {text: Recipe.parse(text).format for text in registered("format")}
 MOVABLE = [text for text, fmt in FORMATS.items() if fmt.movable]
@@ -35,16 +35,6 @@ def pages(fmt, cells=((0, 0),), each=2, dtype=torch.float32, seed=0) -> PageBatc
     values = torch.randn(n, PAGE, VALUE, generator=generator).to(dtype)
     owner = torch.tensor(cells).repeat_interleave(each, 0)
     return PageBatch(keys, values, owner[:, 0], owner[:, 1], 2, HEADS, tables_of(fmt))
-
-
-def tensors(encoded: Encoded) -> dict[str, torch.Tensor]:
-    """Everything that was made, by path."""
-    found = {f"slot.{n}": x for n, x in encoded.slot.items()}
-    found |= {f"tile.{n}": x for n, x in encoded.tile.items()}
-    for family, sets in encoded.sets.items():
-        found |= {f"{family}.{n}": x for n, x in sets.fields.items()}
-        found[f"{family} ids"] = torch.as_tensor(sets.of)
-    return found | {f"statistics.{n}": x for n, x in encoded.statistics.items()}
 
 
 def read(fmt, encoded, batch, page, dtype=torch.float32):

@@ -13,7 +13,7 @@ from kvloom.formats import _levels, fp8
 from kvloom.formats._grid import Grid
 from kvloom.formats._streaming_codes import Channels
 from kvloom.kernels import cpu_backend, cpu_encode, ops
-from tests.formats.reading import place_of
+from tests.formats.reading import place_of, tensors
 
 pytestmark = pytest.mark.skipif(
     ops.cpu_refusal() is not None, reason=f"no C++ kernels: {ops.cpu_refusal()}"
@@ -106,12 +106,7 @@ def test_other_formats(isa, recipe, widths, dtype, kind):
 
     def encode():
         batch = PageBatch(keys, values, torch.zeros(6, dtype=torch.int64), head, 1, 3, tables)
-        encoded = fmt.encode(batch, {})
-        fields = encoded.slot | encoded.tile | encoded.statistics
-        for family, sets in encoded.sets.items():
-            fields |= {f"{family}.{name}": x for name, x in sets.fields.items()}
-            fields[f"{family}.of"] = sets.of
-        return fields
+        return tensors(fmt.encode(batch, {}))
 
     assert_equal(served_by("cpu", isa, encode), served_by("torch", isa, encode))
 

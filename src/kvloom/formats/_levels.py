@@ -18,15 +18,7 @@ from torch import Tensor
 
 from kvloom.core.format import Field, Part, Stored
 from kvloom.kernels import cpu_encode, ops
-from kvloom.kernels.layout import (
-    TILE,
-    Codes,
-    pack_keys,
-    pack_values,
-    tile_nbytes,
-    unpack_keys,
-    unpack_values,
-)
+from kvloom.kernels.layout import TILE, Codes, tile_nbytes, unpack_keys, unpack_values
 from kvloom.kernels.packed import PackedPart, Parameter, Parts
 
 Levels = tuple[Tensor, Tensor]  # plain, and with Q-norm
@@ -171,8 +163,8 @@ def code(
         codes = torch.bucketize(x, bounds[0])
     else:
         codes = torch.searchsorted(bounds[of], x.flatten(1)).view(x.shape)
-    pack = pack_keys if part == "key" else pack_values
-    packed = pack(codes.unflatten(1, (-1, TILE)), bounds.shape[1].bit_length())
+    codec = Codes(part, bounds.shape[1].bit_length(), x.shape[2])
+    packed = codec.pack(codes.unflatten(1, (-1, TILE)))
     if level is None:
         return packed, x.new_empty(0)
     # fp64: the same in whatever order it is added up
