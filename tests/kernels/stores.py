@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -35,13 +36,25 @@ def entries(B: int, H: int, n: int, D: int, dtype=torch.float32, seed=0) -> tupl
 
 
 def filled(
-    recipe: str, B=1, H=2, G=2, D=64, n=300, dtype=torch.float32, chunk=128, budget=None, seed=0
+    recipe: str,
+    B=1,
+    H=2,
+    G=2,
+    D=64,
+    n=300,
+    dtype=torch.float32,
+    chunk=128,
+    budget=None,
+    seed=0,
+    rope=None,
 ) -> LayerStore:
-    """The store of a layer that has seen n tokens in chunks."""
+    """The store of a layer that has seen n tokens in chunks, by another rotation than Llama's if given."""
     layer = CompressedCache(model(H * G, H, D, dtype), recipe, budget=budget).layers[0]
     keys, values = entries(B, H, n, D, dtype, seed)
     layer.lazy_initialization(keys[:, :, :1], values[:, :, :1])
     store = layer.store
+    if rope is not None:
+        store = LayerStore(replace(store.plan, rope=rope), keys, values)
     for i in range(0, n, chunk):
         k, v = keys[:, :, i : i + chunk], values[:, :, i : i + chunk]
         positions = torch.arange(i, i + k.shape[2]).expand(B, -1)
@@ -122,9 +135,11 @@ def decoded(store: LayerStore, slab) -> tuple[Tensor, Tensor]:
 
 
 def rotated(rope, keys: Tensor, positions: Tensor, gain: float | None = None) -> Tensor:
-    """`RopeSpec.rotate` for paired halves, with angles that are not rounded."""
+    """`RopeSpec.rotate` with angles that are not rounded."""
     gain = rope.scale if gain is None else gain
     angle = positions.double()[..., None] * rope.inv_freq.double()
-    a, b, rest = keys.tensor_split([rope.n_rot // 2, rope.n_rot], -1)
-    turned = [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()]
-    return torch.cat([*(x * gain for x in turned), rest], -1)
+    turn = torch.polar(torch.full_like(angle, gain), angle)
+    part, rest = keys[..., : rope.n_rot], keys[..., rope.n_rot :]
+    shape, last = ((2, -1), -2) if rope.pairing == "half" else ((-1, 2), -1)
+    pairs = torch.complex(*part.unflatten(-1, shape).unbind(last)) * turn
+    return torch.cat([torch.stack([pairs.real, pairs.imag], last).flatten(-2), rest], -1)

@@ -18,6 +18,7 @@ from kvloom.core.attend import attend, attention_mass, partials
 from kvloom.core.format import PAGE
 from kvloom.core.native import why_not
 from kvloom.kernels import cpu_backend, library, ops
+from kvloom.positions.rope import RopeSpec
 from tests.kernels import stores
 
 pytestmark = pytest.mark.skipif(
@@ -73,8 +74,22 @@ def test_every_format_on_every_instruction_set(environment, recipe, isa):
     assert_close(stores.native(store, call), stores.exact(store, call))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("G", [1, 3, 6, 9])  # by vectors of channels, or of tokens
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("turned", [12, 32, 48, 64])
+@pytest.mark.parametrize("recipe", ["dense(rope='pre')", "streaming_kvquant"])
+def test_rotations_of_any_pairing_and_part(environment, recipe, turned, pairing, G, isa):
+    environment("KVLOOM_ISA", isa)
+    frequencies = 10_000 ** -torch.linspace(0, 1, turned // 2)
+    rope = RopeSpec(frequencies, turned, pairing, scale=1.2)
+    store = stores.filled(recipe, G=G, n=150, rope=rope)
+    call = stores.call_of(store, G=G)
+    assert_close(stores.native(store, call), stores.exact(store, call))
+
+
 @pytest.mark.parametrize("D", [16, 36, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("recipe", ["none", "int4(channels=32)", "int3(keys='channel')",
+@pytest.mark.parametrize("recipe", ["none", "dense(rope='pre')", "int4(channels=32)", "int3(keys='channel')",
                                     "turboquant_mse", "kvquant", "streaming_kvquant"])  # fmt: skip
 def test_widths(recipe, D):
     store = stores.filled(recipe, D=D, n=200)
@@ -89,7 +104,9 @@ def test_widths(recipe, D):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    recipe=st.sampled_from(["none", "int8", "int4(keys='channel')", "fp8", "streaming_kvquant"]),
+    recipe=st.sampled_from(
+        ["none", "dense(rope='pre')", "int8", "int4(keys='channel')", "fp8", "streaming_kvquant"]
+    ),
     B=st.integers(1, 3),
     H=st.integers(1, 3),
     G=st.integers(1, 9),
@@ -104,14 +121,18 @@ def test_shapes(recipe, B, H, G, Q, n, chunk):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("recipe", ["none", "int8", "kvquant", "streaming_kvquant(value_bits=16)"])
+@pytest.mark.parametrize(
+    "recipe", ["none", "dense(rope='pre')", "int8", "kvquant", "streaming_kvquant(value_bits=16)"]
+)
 def test_half_precision_entries_are_read_exactly(recipe, dtype):
     store = stores.filled(recipe, dtype=dtype)
     call = stores.call_of(store)
     assert_close(stores.native(store, call), stores.exact(store, call))
 
 
-@pytest.mark.parametrize("recipe", ["dense(unpaged=0)", "int4", "int4(keys='channel')", "kvquant"])
+@pytest.mark.parametrize("recipe", [
+    "dense(unpaged=0)", "dense(rope='pre')", "int4", "int4(keys='channel')", "kvquant",
+])  # fmt: skip
 @pytest.mark.parametrize(
     "evict", ["random", "knorm | ada", "streaming_llm(sinks=3) | lazy(every=50)"]
 )

@@ -177,6 +177,42 @@ static void rotated_products(const Rotation& rope, int offset, const float* scal
   }
 }
 
+// Products of rows of queries with the keys of a dense tile, each rotated as it lies: its pairs are (i, i + pairs),
+// so that a table of a token's cos and sin serves a vector of pairs at once.
+template <int H, class X>
+static void turned_dots(const Rotation& rope, int offset, const typename X::T* x, int64_t ld, int width,
+                        const float* rows, int64_t stride, float* out) {
+  const int pairs = rope.pairs;
+  for (int t = 0; t < TILE; t += 2) {
+    F sum[H][2];
+    for (int h = 0; h < H; h++) sum[h][0] = sum[h][1] = Isa::zero();
+    const auto add = [&](int channel, const F* keys) {
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) {
+        const F query = Isa::load(rows + h * stride + channel);
+        for (int v = 0; v < 2; v++) sum[h][v] = Isa::fma(query, keys[v], sum[h][v]);
+      }
+    };
+    for (int i = 0; i < pairs; i += W) {
+      F p[2], q[2];
+      for (int v = 0; v < 2; v++) {
+        const typename X::T* key = x + (t + v) * ld + i;
+        const float* near = rope.step + (offset + t + v) * 2 * pairs + i;
+        const F a = X::load(key), b = X::load(key + pairs), c = Isa::load(near), s = Isa::load(near + pairs);
+        p[v] = Isa::sub(Isa::mul(a, c), Isa::mul(b, s));
+        q[v] = Isa::fma(b, c, Isa::mul(a, s));
+      }
+      add(i, p), add(i + pairs, q);
+    }
+    for (int c = 2 * pairs; c < width; c += W) {
+      const F plain[2] = {X::load(x + t * ld + c), X::load(x + (t + 1) * ld + c)};
+      add(c, plain);
+    }
+    for (int h = 0; h < H; h++)
+      for (int v = 0; v < 2; v++) out[h * BLOCK + t + v] = Isa::sum(sum[h][v]);
+  }
+}
+
 // Keys x[c][t] rotated by positions[t] (of which some may be unused).
 static void rotate_far(const Rotation& rope, const int32_t* positions, float* x) {
   int32_t lo[TILE], hi[TILE];
@@ -221,6 +257,21 @@ struct Ones {
 constexpr Ones ONES;
 constexpr float ZEROS[MAX_WIDTH] = {};
 
+// The keys of a dense tile need not be transposed where vectors of pairs lie together and queries are few.
+static inline bool turns_in_place(const Work& w, const Slab& slab) {
+  const Rotation& rope = w.layer.rotation;
+  return slab.dense_keys.data && slab.base && !rope.interleaved && rope.pairs % W == 0 && w.R <= 8;
+}
+
+static void turned_tile(Work& w, const Place& at, float* out) {
+  const Dense& keys = at.slab->dense_keys;
+  with_rows(w, keys, element_of(keys, at.tile), TILE, [&]<class X>(const typename X::T* x, int64_t ld) {
+    by_rows(w.R, [&]<int H>(int r) {
+      turned_dots<H, X>(w.layer.rotation, int(at.slot % PAGE), x, ld, w.D, w.folded + r * w.wide, w.wide, out + r * BLOCK);
+    });
+  });
+}
+
 // Logits of the keys of a tile, rotated relative to `base` if a page's first position tells the others.
 static void rotated_tile(Work& w, const Place& at, int64_t cell, float* out) {
   const Slab& slab = *at.slab;
@@ -259,7 +310,10 @@ static void exact_key_tile(Work& w, const Place& at, int64_t cell, Folded& folde
     const int64_t base = slab.base ? slab.base[cell * slab.base_stride + at.slot / PAGE] : 0;
     if (!folded.made || folded.base != base) turn_queries(w, base, w.layer.rotation.gain);
     folded.made = true, folded.base = base;
-    rotated_tile(w, at, cell, out);
+    if (turns_in_place(w, slab))
+      turned_tile(w, at, out);
+    else
+      rotated_tile(w, at, cell, out);
   } else {
     key_numbers(slab.keys, w.head, at.tile, w.tile);
     exact_products(w, w.query, 0, out);
