@@ -213,10 +213,15 @@ def test_uniform(counts, value):
 
 
 def test_take_slots_gathers_every_kind_of_field():
-    index = torch.tensor([[[2, 0]]])
-    flat, deep = torch.arange(3).view(1, 1, 3), torch.arange(6).view(1, 1, 3, 2)
-    assert take_slots(flat, index).tolist() == [[[2, 0]]]
-    assert take_slots(deep, index).tolist() == [[[[4, 5], [0, 1]]]]
+    index = torch.tensor([[[2, 0], [1, 1]], [[0, 1], [2, 2]]])
+    flat = torch.arange(12).view(2, 2, 3)
+    deep = torch.stack([flat, -flat], -1)
+    strided = deep.repeat(1, 1, 2, 1)[:, :, :3]
+    want = [[[2, 0], [4, 4]], [[6, 7], [11, 11]]]
+    assert take_slots(flat, index).tolist() == want
+    for x in (deep, strided):
+        assert take_slots(x, index)[..., 0].tolist() == want
+        assert torch.equal(take_slots(x, index)[..., 1], -take_slots(flat, index))
 
 
 def test_ranges_of_cells_side_by_side():

@@ -42,7 +42,10 @@ def take_slots(x: Tensor, index: Tensor) -> Tensor:
     """Gather along the slot axis: `x [B, H, S, ...]`, `index [B, H, N]` -> `[B, H, N, ...]`."""
     if x.ndim == 3:
         return x.gather(2, index)
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[3]))
+    # whole vectors are copied several times as fast as their elements are gathered
+    B, H, S, D = x.shape
+    first = S * torch.arange(B * H, device=index.device).view(B, H, 1)
+    return x.flatten(0, 2).index_select(0, (first + index).flatten()).view(*index.shape, D)
 
 
 class Block:

@@ -240,10 +240,22 @@ def _tile_mean(scores: Tensor, valid: Tensor) -> Tensor:
 
 def top_newest(scores: Tensor, target: Tensor) -> Tensor:
     """The `target [B, H]` (host) best of `scores [B, H, S]` as bool; ties go to the larger index."""
-    order = torch.argsort(scores, dim=-1, stable=True)  # of equal ones the older goes first
-    S = order.shape[-1]
-    best = torch.arange(S, device=order.device) >= (S - target).to(order.device)[..., None]
-    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, best.expand_as(order))
+    S = scores.shape[-1]
+    gone = (S - target).clamp(0, S)
+    most = int(gone.max())
+    if not most:
+        return torch.ones_like(scores, dtype=torch.bool)
+    gone = gone.to(scores.device)[..., None]
+    if most == 1:  # a token came, a token goes: nothing need be sorted
+        last = scores.amin(-1, keepdim=True)
+    else:
+        worst = torch.topk(scores, most, largest=False).values
+        last = worst.gather(-1, (gone - 1).clamp_min(0))
+    worse, equal = scores < last, scores == last
+    of_equal = gone - worse.sum(-1, keepdim=True)  # the oldest of these go
+    if bool((equal.sum(-1, keepdim=True) > of_equal).any()):
+        equal &= equal.cumsum(-1) <= of_equal
+    return ~(worse | equal) | (gone == 0)
 
 
 @dataclass(frozen=True)
