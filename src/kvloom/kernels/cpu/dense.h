@@ -9,41 +9,53 @@
 namespace {
 static inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
 
-// `f(rows, ld)` with n entries (at most a tile) where they lie, or as fp32 rows if their width is odd.
+// Entries to be read: elements of the first one, and of the first one of those that follow.
+struct Rows {
+  int64_t at, next;
+};
+
+// `f(rows, ld, next rows)` with n entries (at most a tile) where they lie, or as fp32 rows if their width is odd.
 template <class Fn>
-static inline void with_rows(Work& w, const Dense& dense, int64_t element, int n, Fn f) {
-  const char* p = static_cast<const char*>(dense.data) + element * size_of(dense.dtype);
+static inline void with_rows(Work& w, const Dense& dense, Rows rows, int n, Fn f) {
   if (dense.width % 16) {
+    const char* p = static_cast<const char*>(dense.data) + rows.at * size_of(dense.dtype);
     widen(p, dense.dtype, dense.token, n, dense.width, w.tile);
-    return f.template operator()<Single>(w.tile, int64_t(padded(dense.width)));
+    return f.template operator()<Single>(w.tile, int64_t(padded(dense.width)), w.tile);
   }
-  const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
+  const auto as = [&]<class X>() {
+    const typename X::T* p = static_cast<const typename X::T*>(dense.data);
+    f.template operator()<X>(p + rows.at, dense.token, p + rows.next);
+  };
   if (dense.dtype == F32)
-    f.template operator()<Single>(reinterpret_cast<const float*>(p), dense.token);
+    as.template operator()<Single>();
   else if (dense.dtype == F16)
-    f.template operator()<Half>(halves, dense.token);
+    as.template operator()<Half>();
   else
-    f.template operator()<Brain>(halves, dense.token);
+    as.template operator()<Brain>();
 }
 
-static void dense_keys(Work& w, const Dense& keys, int64_t element, int n, float* out) {
-  with_rows(w, keys, element, n, [&]<class X>(const typename X::T* x, int64_t ld) {
+static void dense_keys(Work& w, const Dense& keys, Rows rows, int n, float* out) {
+  with_rows(w, keys, rows, n, [&]<class X>(const typename X::T* x, int64_t ld, const typename X::T* next) {
     by_rows(w.R, [&]<int H>(int r) {
-      dot_rows<H, X>(x, ld, n, w.D, w.query + r * w.wide, w.wide, out + r * BLOCK, BLOCK);
+      dot_rows<H, X>(x, ld, n, w.D, w.query + r * w.wide, w.wide, out + r * BLOCK, BLOCK, next);
     });
   });
 }
 
-static void dense_values(Work& w, const Dense& values, int64_t element, int n, const float* weights) {
-  with_rows(w, values, element, n, [&]<class X>(const typename X::T* x, int64_t ld) {
+static void dense_values(Work& w, const Dense& values, Rows rows, int n, const float* weights) {
+  with_rows(w, values, rows, n, [&]<class X>(const typename X::T* x, int64_t ld, const typename X::T* next) {
     by_rows(w.R, [&]<int H>(int r) {
-      fma_rows<H, X>(x, ld, n, w.E, weights + r * BLOCK, BLOCK, w.acc + int64_t(r) * w.E, w.E, true);
+      fma_rows<H, X, true>(x, ld, n, w.E, weights + r * BLOCK, BLOCK, w.acc + int64_t(r) * w.E, w.E, true, next);
     });
   });
 }
 
 static inline int64_t element_of(const Dense& dense, int64_t tile) {
   return tile / 2 * dense.head + tile % 2 * TILE * dense.token;
+}
+
+static inline Rows rows_of(const Dense& dense, int64_t tile, int64_t next) {
+  return {element_of(dense, tile), element_of(dense, next)};
 }
 
 // Four rows of four numbers, `from` apart, as four columns, `to` apart.

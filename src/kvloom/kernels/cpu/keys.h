@@ -181,7 +181,7 @@ static void rotated_products(const Rotation& rope, int offset, const float* scal
 // so that a table of a token's cos and sin serves a vector of pairs at once.
 template <int H, class X>
 static void turned_dots(const Rotation& rope, int offset, const typename X::T* x, int64_t ld, int width,
-                        const float* rows, int64_t stride, float* out) {
+                        const float* rows, int64_t stride, float* out, const typename X::T* next) {
   const int pairs = rope.pairs;
   for (int t = 0; t < TILE; t += 2) {
     F sum[H][2];
@@ -193,6 +193,7 @@ static void turned_dots(const Rotation& rope, int offset, const typename X::T* x
         for (int v = 0; v < 2; v++) sum[h][v] = Isa::fma(query, keys[v], sum[h][v]);
       }
     };
+    for (int c = 0; c < width; c += W) fetch_rows<2>(next + t * ld, ld, c);
     for (int i = 0; i < pairs; i += W) {
       F p[2], q[2];
       for (int v = 0; v < 2; v++) {
@@ -239,7 +240,8 @@ static void rotate_far(const Rotation& rope, const int32_t* positions, float* x)
 // A tile's place: its slab, its number in storage, and where it lies among its head's pages.
 struct Place {
   const Slab* slab;
-  int64_t tile, slot;  // slot: of its first entry in the slab
+  int64_t tile, next;  // next: the tile after it, or itself
+  int64_t slot;        // of its first entry in the slab
   int64_t raw;         // likewise among all slabs
 };
 
@@ -265,11 +267,12 @@ static inline bool turns_in_place(const Work& w, const Slab& slab) {
 
 static void turned_tile(Work& w, const Place& at, float* out) {
   const Dense& keys = at.slab->dense_keys;
-  with_rows(w, keys, element_of(keys, at.tile), TILE, [&]<class X>(const typename X::T* x, int64_t ld) {
+  const auto turn = [&]<class X>(const typename X::T* x, int64_t ld, const typename X::T* next) {
     by_rows(w.R, [&]<int H>(int r) {
-      turned_dots<H, X>(w.layer.rotation, int(at.slot % PAGE), x, ld, w.D, w.folded + r * w.wide, w.wide, out + r * BLOCK);
+      turned_dots<H, X>(w.layer.rotation, int(at.slot % PAGE), x, ld, w.D, w.folded + r * w.wide, w.wide, out + r * BLOCK, next);
     });
-  });
+  };
+  with_rows(w, keys, rows_of(keys, at.tile, at.next), TILE, turn);
 }
 
 // Logits of the keys of a tile, rotated relative to `base` if a page's first position tells the others.

@@ -26,11 +26,10 @@ static void block_logits(Work& w, const Place* places, int n, int64_t cell, Fold
     if (spelled_out(w.layer, *at.slab, at.tile)) {
       exact_key_tile(w, at, cell, folded, out);
     } else if (at.slab->dense_keys.data) {
-      dense_keys(w, at.slab->dense_keys, element_of(at.slab->dense_keys, at.tile), TILE, out);
+      dense_keys(w, at.slab->dense_keys, rows_of(at.slab->dense_keys, at.tile, at.next), TILE, out);
     } else {
       const Packed& keys = at.slab->keys;
-      const uint8_t* next = keys.codes + (i + 1 < n && places[i + 1].slab == at.slab ? places[i + 1].tile : at.tile) * keys.tile_bytes;
-      key_tile(w, keys, at.tile, folded, out, next);
+      key_tile(w, keys, at.tile, folded, out, keys.codes + at.next * keys.tile_bytes);
     }
     if (w.layer.softcap)
       for (int r = 0; r < w.R; r++) cap(w.layer, out + r * BLOCK, TILE);
@@ -42,14 +41,13 @@ static void block_values(Work& w, const Place* places, int n) {
   for (int i = 0; i < n; i++) {
     const Slab& slab = *places[i].slab;
     const float* weights = w.weights + i * TILE;
-    const int64_t tile = places[i].tile;
+    const int64_t tile = places[i].tile, next = places[i].next;
     if (slab.dense_values.data) {
-      dense_values(w, slab.dense_values, element_of(slab.dense_values, tile), TILE, weights);
+      dense_values(w, slab.dense_values, rows_of(slab.dense_values, tile, next), TILE, weights);
     } else if (!integers(w.layer, slab.values) || replaces(slab.values, tile)) {
       level_values(w, slab.values, tile, weights);
     } else {
-      const int64_t after = i + 1 < n && places[i + 1].slab == &slab ? places[i + 1].tile : tile;
-      value_tile(w, slab.values, tile, weights, slab.values.codes + after * slab.values.tile_bytes);
+      value_tile(w, slab.values, tile, weights, slab.values.codes + next * slab.values.tile_bytes);
     }
   }
 }
@@ -83,7 +81,8 @@ static void over_pages(Work& w, const Task& task) {
     int64_t i = begin + (task.from > tile ? task.from - tile : 0);
     for (; i < end && tile + (i - begin) < task.to; i++) {
       if (last != &slab) flush(), folded = {}, last = &slab;
-      places[n++] = {&slab, slab.first[cell] * 2 + i, i * TILE, raw + i * TILE};
+      const int64_t stored = slab.first[cell] * 2 + i;
+      places[n++] = {&slab, stored, i + 1 < end ? stored + 1 : stored, i * TILE, raw + i * TILE};
       if (n == BLOCK_TILES) flush();
     }
     if (end > begin) tile += end - begin;
@@ -97,7 +96,10 @@ static void over_pages(Work& w, const Task& task) {
 static void over_run(Work& w, const Task& task) {
   const Run& run = w.layer.runs[task.run];
   const int64_t cell = int64_t(task.row) * w.layer.heads + task.head;
-  const auto at = [&](const Dense& d, int64_t t) { return task.row * d.row + task.head * d.head + t * d.token; };
+  const auto at = [&](const Dense& d, int64_t t) {
+    const int64_t first = task.row * d.row + task.head * d.head;
+    return Rows{first + t * d.token, first + (t + TILE < task.to ? t + TILE : t) * d.token};
+  };
   for (int64_t from = task.from; from < task.to; from += BLOCK) {
     const int n = int(task.to - from < BLOCK ? task.to - from : BLOCK);
     for (int t = 0; t < n; t += TILE) {

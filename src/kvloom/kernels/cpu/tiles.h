@@ -49,16 +49,18 @@ struct Brain {
   static inline __attribute__((always_inline)) F load(const T* p) { return Isa::brain(p); }
 };
 
-// out[h][lane] (+)= sum_i w[h][i] * x[i][lane]
-template <class X, int H, int N>
+// out[h][lane] (+)= sum_i w[h][i] * x[i][lane]; `next`, if FETCH: rows like x that are needed soon
+template <class X, int H, int N, bool FETCH>
 static inline void fma_lanes(const typename X::T* x, int64_t ld, int n, const float* w, int64_t ws,
-                             float* out, int64_t os, bool add) {
+                             float* out, int64_t os, bool add, const typename X::T* next) {
   F sum[H][N];
   for (int h = 0; h < H; h++)
     for (int v = 0; v < N; v++) sum[h][v] = add ? Isa::load(out + h * os + v * W) : Isa::zero();
   for (int i = 0; i < n; i++) {
     F row[N];
     for (int v = 0; v < N; v++) row[v] = X::load(x + i * ld + v * W);
+    if constexpr (FETCH)
+      for (int c = 0; c < N * W; c += 64 / int(sizeof(*x))) Isa::fetch(next + i * ld + c);
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++) {
       const F q = Isa::set(w[h * ws + i]);
@@ -69,24 +71,32 @@ static inline void fma_lanes(const typename X::T* x, int64_t ld, int n, const fl
     for (int v = 0; v < N; v++) Isa::store(out + h * os + v * W, sum[h][v]);
 }
 
-template <int H, class X = Single>
+template <int H, class X = Single, bool FETCH = false>
 static void fma_rows(const typename X::T* x, int64_t ld, int n, int lanes, const float* w, int64_t ws,
-                     float* out, int64_t os, bool add) {
+                     float* out, int64_t os, bool add, const typename X::T* next = nullptr) {
   int c = 0;
-  for (; c + 2 * W <= lanes; c += 2 * W) fma_lanes<X, H, 2>(x + c, ld, n, w, ws, out + c, os, add);
-  for (; c + W <= lanes; c += W) fma_lanes<X, H, 1>(x + c, ld, n, w, ws, out + c, os, add);
+  for (; c + 2 * W <= lanes; c += 2 * W) fma_lanes<X, H, 2, FETCH>(x + c, ld, n, w, ws, out + c, os, add, next + (FETCH ? c : 0));
+  for (; c + W <= lanes; c += W) fma_lanes<X, H, 1, FETCH>(x + c, ld, n, w, ws, out + c, os, add, next + (FETCH ? c : 0));
+}
+
+// The lines of N rows that begin at channel c.
+template <int N, class T>
+static inline __attribute__((always_inline)) void fetch_rows(const T* x, int64_t ld, int c) {
+  if (c * sizeof(T) % 64) return;
+  for (int i = 0; i < N; i++) Isa::fetch(x + i * ld + c);
 }
 
 // out[h][i] = sum_c w[h][c] * x[i][c], c < width, a multiple of W
 template <class X, int H, int N>
 static inline void dot_lanes(const typename X::T* x, int64_t ld, int width, const float* w, int64_t ws,
-                             float* out, int64_t os) {
+                             float* out, int64_t os, const typename X::T* next) {
   F sum[H][N];
   for (int h = 0; h < H; h++)
     for (int i = 0; i < N; i++) sum[h][i] = Isa::zero();
   for (int c = 0; c < width; c += W) {
     F row[N];
     for (int i = 0; i < N; i++) row[i] = X::load(x + i * ld + c);
+    fetch_rows<N>(next, ld, c);
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++) {
       const F q = Isa::load(w + h * ws + c);
@@ -99,10 +109,10 @@ static inline void dot_lanes(const typename X::T* x, int64_t ld, int width, cons
 
 template <int H, class X>
 static void dot_rows(const typename X::T* x, int64_t ld, int n, int width, const float* w, int64_t ws,
-                     float* out, int64_t os) {
+                     float* out, int64_t os, const typename X::T* next) {
   int i = 0;
-  for (; i + 2 <= n; i += 2) dot_lanes<X, H, 2>(x + i * ld, ld, width, w, ws, out + i, os);
-  if (i < n) dot_lanes<X, H, 1>(x + i * ld, ld, width, w, ws, out + i, os);
+  for (; i + 2 <= n; i += 2) dot_lanes<X, H, 2>(x + i * ld, ld, width, w, ws, out + i, os, next + i * ld);
+  if (i < n) dot_lanes<X, H, 1>(x + i * ld, ld, width, w, ws, out + i, os, next + i * ld);
 }
 
 // `f.template operator()<H>(first row)` for all rows, four at a time where possible.
@@ -159,7 +169,9 @@ template <Kind KIND, int BITS, bool NARROW>
 static void spread(const Levels<KIND, BITS> level, const uint8_t* __restrict p, int quads, float* __restrict x,
                    int64_t ld) {
   constexpr int UNIT = quads_of_unit(BITS), BYTES = bytes_of_unit(BITS);
-  for (int j = 0; j < quads; j += UNIT)
+  const uint8_t* next = p + quads / UNIT * BYTES;  // what lies behind is read soon
+  for (int j = 0; j < quads; j += UNIT) {
+    for (int b = 0; b < BYTES; b += 64) Isa::fetch(next + (j / UNIT) * BYTES + b);
     for (int s = 0; s < 16 / W; s++) {
       const uint8_t* unit = p + (j / UNIT) * BYTES + s * 4 * W;
 #pragma GCC unroll 4
@@ -173,6 +185,7 @@ static void spread(const Levels<KIND, BITS> level, const uint8_t* __restrict p, 
           for (int e = 0; e < 4; e++) Isa::store(x + (4 * quad + e) * ld + lane + s * W, number[e]);
         }
     }
+  }
 }
 
 template <class Fn>
