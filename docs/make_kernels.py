@@ -1,7 +1,8 @@
 """Fill the tables of `docs/kernels.md` from `benchmarks/results/*.csv`: `make docs`.
 
-To measure anew, on a quiet machine: `benchmarks/cpu_attention.py`, `benchmarks/decode.py` and, in chunks,
-`benchmarks/prefill.py`. The newest row of each cell is shown; of decoding those of the newest commit.
+To measure anew, on a quiet machine: `benchmarks/cpu_attention.py`, `benchmarks/decode.py`, in chunks
+`benchmarks/prefill.py`, and `benchmarks/llama_cpp.py`. The newest row of each cell is shown; of decoding those
+of the newest commit.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "kernels.md"
+TABLES = ("cpu_attention", "decode", "prefill", "llama_cpp")
 START, END = "<!-- made by docs/make_kernels.py -->\n", "<!-- end -->\n"
 STEP = """\
 | dtype | tokens x width | recipe | MB | ms | x grouped | x `enable_gqa` | of reading | error |
@@ -24,6 +26,10 @@ GENERATE = """\
 PREFILL = """\
 | tokens | chunk | recipe | seconds | x `DynamicCache` |
 |---:|---:|---|---:|---:|
+"""
+PEER = """\
+| tokens | kernels | cache | MB | ms | x grouped | error |
+|---:|---|---|---:|---:|---:|---:|
 """
 Row = dict[str, str]
 
@@ -103,7 +109,33 @@ def prefill_line(row: Row) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def filled(page: str, steps: list[Row], generated: list[Row], prefills: list[Row]) -> str:
+def peer_line(row: Row) -> str:
+    theirs = row["backend"].startswith("ggml")
+    cells = [
+        f"{int(row['tokens']):,}",
+        "llama.cpp" if theirs else "kvloom",
+        row["cache"] if theirs else f"`{row['cache']}`",
+        f"{int(row['bytes']) / 1e6:.1f}",
+        f"{float(row['ms']):.2f}",
+        f"{float(row['x_grouped']):.2f}",
+        row["error"],
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def peer_table(measured: list[Row]) -> str:
+    lines = newest(measured, "machine", "tokens", "width", "cache")
+    theirs = sorted({row["backend"] for row in lines if row["backend"].startswith("ggml")})
+    return (
+        setting(lines).replace(":\n", f"; {', '.join(theirs)}:\n", 1)
+        + PEER
+        + "".join(map(peer_line, lines))
+    )
+
+
+def filled(
+    page: str, steps: list[Row], generated: list[Row], prefills: list[Row], peers: list[Row]
+) -> str:
     """A page with everything between the two marks made anew."""
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
@@ -114,10 +146,11 @@ def filled(page: str, steps: list[Row], generated: list[Row], prefills: list[Row
     made += "\n".join(map(generate_table, settings(generated)))
     if chunked:
         made += "\n" + setting(chunked) + PREFILL + "".join(map(prefill_line, chunked))
+    if peers:
+        made += "\n" + peer_table(peers)
     return before + START + made + END + after
 
 
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
-    tables = [rows(name) for name in ("cpu_attention", "decode", "prefill")]
-    PAGE.write_text(filled(text, *tables), encoding="utf-8")
+    PAGE.write_text(filled(text, *map(rows, TABLES)), encoding="utf-8")

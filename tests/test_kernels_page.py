@@ -20,15 +20,14 @@ def script() -> ModuleType:
 def test_the_tables_are_made_from_the_rows(script: ModuleType) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
     assert page.count(script.START) == page.count(script.END) == 1
-    tables = [script.rows(name) for name in ("cpu_attention", "decode", "prefill")]
-    made = script.filled(page, *tables)
+    made = script.filled(page, *map(script.rows, script.TABLES))
     assert page == made, "run `make docs` and commit docs/kernels.md"
 
 
 def test_a_newer_row_replaces_the_older(script: ModuleType) -> None:
-    steps, generated = script.rows("cpu_attention"), script.rows("decode")
+    steps, *others = map(script.rows, script.TABLES)
     page = script.PAGE.read_text(encoding="utf-8")
-    other = {**steps[-1], "ms": "12345.678"}
-    made = script.filled(page, [*steps, other], generated, script.rows("prefill"))
+    newer = {**steps[-1], "ms": "12345.678"}
+    made = script.filled(page, [*steps, newer], *others)
     assert made.count("12345.68") == 1
     assert made.count("\n") == page.count("\n")
