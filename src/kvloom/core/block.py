@@ -44,6 +44,9 @@ def take_slots(x: Tensor, index: Tensor) -> Tensor:
         return x.gather(2, index)
     # whole vectors are copied several times as fast as their elements are gathered
     B, H, S, D = x.shape
+    if not x.is_contiguous():
+        row, head = (torch.arange(n, device=index.device) for n in (B, H))
+        return x[row[:, None, None], head[:, None], index]
     first = S * torch.arange(B * H, device=index.device).view(B, H, 1)
     return x.flatten(0, 2).index_select(0, (first + index).flatten()).view(*index.shape, D)
 

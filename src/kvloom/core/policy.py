@@ -255,7 +255,7 @@ def top_newest(scores: Tensor, target: Tensor) -> Tensor:
     of_equal = gone - worse.sum(-1, keepdim=True)  # the oldest of these go
     if bool((equal.sum(-1, keepdim=True) > of_equal).any()):
         equal &= equal.cumsum(-1) <= of_equal
-    return ~(worse | equal) | (gone == 0)
+    return ~(worse | equal)
 
 
 @dataclass(frozen=True)

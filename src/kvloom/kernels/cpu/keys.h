@@ -180,7 +180,7 @@ static void rotated_products(const Rotation& rope, int offset, const float* scal
 // Products of rows of queries with the keys of a dense tile, each rotated as it lies: its pairs are (i, i + pairs),
 // so that a table of a token's cos and sin serves a vector of pairs at once.
 template <int H, class X>
-static void turned_dots(const Rotation& rope, int offset, const typename X::T* x, int64_t ld, int width,
+static void rotated_dots(const Rotation& rope, int offset, const typename X::T* x, int64_t ld, int width,
                         const float* rows, int64_t stride, float* out, const typename X::T* next) {
   const int pairs = rope.pairs;
   for (int t = 0; t < TILE; t += 2) {
@@ -198,8 +198,8 @@ static void turned_dots(const Rotation& rope, int offset, const typename X::T* x
       F p[2], q[2];
       for (int v = 0; v < 2; v++) {
         const typename X::T* key = x + (t + v) * ld + i;
-        const float* near = rope.step + (offset + t + v) * 2 * pairs + i;
-        const F a = X::load(key), b = X::load(key + pairs), c = Isa::load(near), s = Isa::load(near + pairs);
+        const float* turn = rope.step + (offset + t + v) * 2 * pairs + i;
+        const F a = X::load(key), b = X::load(key + pairs), c = Isa::load(turn), s = Isa::load(turn + pairs);
         p[v] = Isa::sub(Isa::mul(a, c), Isa::mul(b, s));
         q[v] = Isa::fma(b, c, Isa::mul(a, s));
       }
@@ -260,16 +260,16 @@ constexpr Ones ONES;
 constexpr float ZEROS[MAX_WIDTH] = {};
 
 // The keys of a dense tile need not be transposed where vectors of pairs lie together and queries are few.
-static inline bool turns_in_place(const Work& w, const Slab& slab) {
+static inline bool rotates_in_place(const Work& w, const Slab& slab) {
   const Rotation& rope = w.layer.rotation;
   return slab.dense_keys.data && slab.base && !rope.interleaved && rope.pairs % W == 0 && w.R <= 8;
 }
 
-static void turned_tile(Work& w, const Place& at, float* out) {
+static void rotated_rows(Work& w, const Place& at, float* out) {
   const Dense& keys = at.slab->dense_keys;
   const auto turn = [&]<class X>(const typename X::T* x, int64_t ld, const typename X::T* next) {
     by_rows(w.R, [&]<int H>(int r) {
-      turned_dots<H, X>(w.layer.rotation, int(at.slot % PAGE), x, ld, w.D, w.folded + r * w.wide, w.wide, out + r * BLOCK, next);
+      rotated_dots<H, X>(w.layer.rotation, int(at.slot % PAGE), x, ld, w.D, w.folded + r * w.wide, w.wide, out + r * BLOCK, next);
     });
   };
   with_rows(w, keys, rows_of(keys, at.tile, at.next), TILE, turn);
@@ -313,8 +313,8 @@ static void exact_key_tile(Work& w, const Place& at, int64_t cell, Folded& folde
     const int64_t base = slab.base ? slab.base[cell * slab.base_stride + at.slot / PAGE] : 0;
     if (!folded.made || folded.base != base) turn_queries(w, base, w.layer.rotation.gain);
     folded.made = true, folded.base = base;
-    if (turns_in_place(w, slab))
-      turned_tile(w, at, out);
+    if (rotates_in_place(w, slab))
+      rotated_rows(w, at, out);
     else
       rotated_tile(w, at, cell, out);
   } else {

@@ -79,7 +79,7 @@ static void fma_rows(const typename X::T* x, int64_t ld, int n, int lanes, const
   for (; c + W <= lanes; c += W) fma_lanes<X, H, 1, FETCH>(x + c, ld, n, w, ws, out + c, os, add, next + (FETCH ? c : 0));
 }
 
-// The lines of N rows that begin at channel c.
+// Asks for the lines of N rows that begin at channel c; what lies behind the entries may be asked for, too.
 template <int N, class T>
 static inline __attribute__((always_inline)) void fetch_rows(const T* x, int64_t ld, int c) {
   if (c * sizeof(T) % 64) return;
