@@ -105,7 +105,29 @@ def test_keep(data):
     assert lists_of(block.keep(tensor)) == want
     told = torch.tensor(each(len, want))
     assert lists_of(block.keep(tensor, told)) == want
+    roomy = block.keep(tensor, told, room=GRANULE + 1)
+    assert lists_of(roomy) == want
+    assert roomy.capacity == 2 * GRANULE
     assert lists_of(block) == lists  # pure
+
+
+@SETTINGS
+@given(st.integers(1, 3), st.integers(0, 5), st.data())
+def test_without_oldest(heads, size, data):
+    lists = [[[10 * h + i for i in range(1, size + 1)] for h in range(heads)]]
+    block = block_of(lists, GRANULE)
+    first = data.draw(st.integers(0, size))
+    second = data.draw(st.integers(0, size - first))
+    got = block.without_oldest(first).without_oldest(second)
+    assert lists_of(got) == each(lambda ids: ids[first + second :], lists)
+    assert got.keys.untyped_storage().data_ptr() == block.keys.untyped_storage().data_ptr()
+    assert got.allocated == block.allocated == GRANULE
+    assert got.free == heads * (GRANULE - size + first + second)
+    token = block_of([[[100 + h] for h in range(heads)]])
+    got.append_token(token)
+    assert lists_of(got) == [[[*ids[first + second :], 100 + h] for h, ids in enumerate(lists[0])]]
+    shrunk = got.shrunk(got.count - 1)
+    assert (shrunk.allocated, shrunk.free) == (GRANULE, heads + got.free)
 
 
 @SETTINGS

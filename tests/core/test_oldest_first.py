@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvloom import CompressedCache
+from kvloom.core.block import GRANULE
 from kvloom.core.schedule import Lazy
 from kvloom.formats.dense import Dense
 from kvloom.formats.int4 import Int4
@@ -49,6 +50,21 @@ def test_same_logits_and_entries(mode, rest):
     assert made[0][-1].positions() == made[1][-1].positions()
     assert made[0][-1].nbytes <= made[0][-1].ceiling()
     assert made[0][-1].stats().evicted == made[1][-1].stats().evicted > 0
+
+
+# a tail of 80 entries and one more has 96 slots, one of 79 and one more has 80
+@pytest.mark.parametrize(("recent", "storages"), [(80, 2), (79, 32)])
+def test_the_tail_is_copied_when_its_room_is_used_up(recent, storages):
+    model, ids = build("llama"), tokens(300)
+    cache = CompressedCache(model, f"streaming_llm(sinks=0, recent={recent})")
+    model(ids[:, :200], past_key_values=cache)
+    store, held = cache.layers[0].store, []
+    for i in range(200, 232):
+        model(ids[:, i : i + 1], past_key_values=cache)
+        held.append(store.tail.keys)  # alive, so that no storage is at the address of another
+        assert store.tail.size == recent
+        assert store.tail.allocated == GRANULE * -(-(recent + 1) // GRANULE)
+    assert len({x.untyped_storage().data_ptr() for x in held}) == storages
 
 
 def test_crop_after_the_start_moved():

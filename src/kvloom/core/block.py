@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 GRANULE = 16  # slots by which a preallocated block grows
 
@@ -59,19 +60,20 @@ class Block:
         count: host int64 `[B, H]`, how many of the C slots are in use.
         meta: per-slot tensors `[B, H, C]`: `positions`, `mass` (log), and scorers' slot state.
         size: the common value of `count`, or None if it is ragged. longest: its maximum.
+        given_up: slots before the first one that older entries had, in the same storage.
 
     A ragged block can be packed: then only the slots in use are held, side by side, until keys,
     values or meta are looked at.
     """
 
-    __slots__ = ("_count", "_flat", "_keys", "_meta", "_values", "longest", "size")
+    __slots__ = ("_count", "_flat", "_keys", "_meta", "_values", "given_up", "longest", "size")
 
     def __init__(
         self, keys: Tensor, values: Tensor, count: Tensor, meta: dict[str, Tensor] | None = None
     ):
         self._keys, self._values, self._meta = keys, values, {} if meta is None else meta
         self._flat: list[Tensor] | None = None
-        self.count = count
+        self.count, self.given_up = count, 0
 
     @property
     def keys(self) -> Tensor:
@@ -98,7 +100,7 @@ class Block:
         """
         block = cls.__new__(cls)
         block._keys, block._values, block._meta, block._flat = keys, values, meta, None
-        block._count, block.size, block.longest = one, 1, 1
+        block._count, block.size, block.longest, block.given_up = one, 1, 1, 0
         return block
 
     @property
@@ -119,10 +121,15 @@ class Block:
         return self.longest if self._flat is not None else self._keys.shape[2]
 
     @property
+    def allocated(self) -> int:
+        """Slots per head of the storage, with those that older entries had."""
+        return self.capacity + self.given_up
+
+    @property
     def free(self) -> int:
         """Allocated slots of all heads that no entry uses; none if packed."""
         used = int(self.count.sum())
-        return 0 if self._flat is not None else self.count.numel() * self.capacity - used
+        return 0 if self._flat is not None else self.count.numel() * self.allocated - used
 
     def tensors(self) -> list[Tensor]:
         """What is held; looking at it does not unpack."""
@@ -143,7 +150,7 @@ class Block:
 
     def _spread(self, flat: list[Tensor]) -> None:
         """Undo `pack`, with room for at least one more entry per head."""
-        self._flat, room = None, -(-(self.longest + 1) // GRANULE) * GRANULE
+        self._flat, room = None, granules(self.longest + 1)
         used = self._used(room)
 
         def spread(template: Tensor, x: Tensor) -> Tensor:
@@ -195,12 +202,23 @@ class Block:
         index = index.to(self.keys.device)
         return self.each(lambda x: take_slots(x, index), length)
 
-    def keep(self, mask: Tensor, count: Tensor | None = None) -> Block:
-        """The entries where `mask [B, H, S]` is set, in order; waits for the device if not told `count`."""
-        mask = mask & self.valid(mask.shape[2])
+    def keep(self, mask: Tensor, count: Tensor | None = None, room: int = 0) -> Block:
+        """The entries where `mask [B, H, S]` is set, in order, in storage of their own with room for `room`;
+        waits for the device if not told `count`.
+        """
+        if self.size != mask.shape[2]:
+            mask = mask & self.valid(mask.shape[2])
         count = mask.sum(-1).cpu() if count is None else count
-        order = torch.argsort(~mask, dim=-1, stable=True)[..., : int(count.max())]
+        slots = max(int(count.max()), granules(room))
+        order = torch.argsort(~mask, dim=-1, stable=True)[..., :slots]
+        order = pad(order, (0, slots - order.shape[-1]))  # never read: any entry will do
         return self.each(lambda x: take_slots(x, order), count)
+
+    def without_oldest(self, n: int) -> Block:
+        """The same without the oldest `n` of every (row, head), in place of storage."""
+        block = self.each(lambda x: x[:, :, n:], self.count - n)
+        block.given_up = self.given_up + n
+        return block
 
     def join(self, other: Block) -> Block:
         """This block followed by `other`, each (row, head) without a gap."""
@@ -236,7 +254,7 @@ class Block:
     def owned(self, capacity: int, granule: int = GRANULE) -> Block:
         """A copy in storage of its own, with room for `capacity`, in whole granules."""
         used = self.longest
-        room = -(-max(capacity, used) // granule) * granule
+        room = granules(max(capacity, used), granule)
 
         def copy(x: Tensor) -> Tensor:
             out = new_like(x, room)
@@ -252,7 +270,14 @@ class Block:
 
     def shrunk(self, count: Tensor) -> Block:
         """The first `count` entries of each (row, head), in place of storage."""
-        return Block(self.keys, self.values, count, self.meta)
+        block = Block(self.keys, self.values, count, self.meta)
+        block.given_up = self.given_up
+        return block
+
+
+def granules(slots: int, granule: int = GRANULE) -> int:
+    """Slots that are allocated for so many."""
+    return -(-slots // granule) * granule
 
 
 def _scatter_slot(mine: Tensor, index: Tensor, new: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvloom.core.block import Block
+from kvloom.core.block import Block, granules, uniform
 from kvloom.core.compaction import compact
 from kvloom.core.entries import Entries
 from kvloom.core.fold import fold_losers, fold_oldest
@@ -107,9 +107,22 @@ def _drop_oldest(store: LayerStore, pending: Block, forward: Forward, n: Tensor)
     store.pool.drop_oldest(sealed)
     exact = n - sealed
     if bool(exact.any()):
-        pending = pending.span(exact, pending.count - exact)
+        pending = _without_oldest(store, pending, exact)
     _note(store, int(n.sum()), folded)
     return pending
+
+
+def _without_oldest(store: LayerStore, pending: Block, n: Tensor) -> Block:
+    """What is left without the oldest `n [B, H]`. The tail is only copied if that saves room; otherwise
+    once, for many tokens, when it has none left.
+    """
+    first = uniform(n)
+    if pending is not store.tail or pending.size is None or first is None:
+        return pending.span(n, pending.count - n)
+    if pending.allocated > granules(store.tail_room(pending.size - first)):
+        return pending.span(n, pending.count - n)
+    store.tail = pending.without_oldest(first)
+    return store.tail
 
 
 def _remove(store: LayerStore, pending: Block, keep: Tensor, folded: int | None) -> Block:
@@ -120,7 +133,7 @@ def _remove(store: LayerStore, pending: Block, keep: Tensor, folded: int | None)
     exact = keep[:, :, sealed:]
     count = exact.sum(-1).cpu()
     if not torch.equal(count, pending.count):
-        pending = pending.keep(exact, count)
+        store.tail = pending = pending.keep(exact, count, store.tail_room(int(count.max())))
     gone = int((before - store.pool.live - pending.count).sum())
     _note(store, gone, folded)
     return pending

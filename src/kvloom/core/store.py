@@ -258,9 +258,9 @@ class LayerStore:
         capacity = self.capacity()
         limit = None
         if capacity is not None:
+            self._unpaged.judge(self.plan, capacity)
             pending = compress_if_due(self, pending, forward, capacity)
             limit = self._page_limit(capacity)
-            self._unpaged.judge(self.plan, capacity)
         spared = self._spared(pending)
         leaves = spared is not None and bool((self.pool.pages[spared] > 0).any())
         if spared is not None and leaves:
@@ -275,7 +275,11 @@ class LayerStore:
             if leaves:  # the tail before has not what was in pages then
                 self.sealing = None
         elif pending is not self.tail:
-            self._keep(pending, min(pending.longest + 1, max(pending.longest, self._unpaged.room)))
+            self._keep(pending, self.tail_room(pending.longest))
+
+    def tail_room(self, longest: int) -> int:
+        """Slots per head for a tail of `longest` entries: one more than that, if the budget has it."""
+        return min(longest + 1, max(longest, self._unpaged.room))
 
     def _spared(self, exact: Block) -> Tensor | None:
         """Cells that need no pages, now that `exact` is what is not in pages: host bool `[B, H]`; None if
