@@ -63,6 +63,28 @@ def test_chunked_prefill_of_32k_tokens(recipe, long_model, monkeypatch):
     assert cache.get_seq_length() == 32 * 1024
 
 
+@pytest.mark.parametrize("recipe", ["h2o | int4", "snapkv | int4", "streaming_llm | int4"])
+def test_a_layer_is_below_its_ceiling_as_soon_as_it_is_compressed(recipe, long_model, monkeypatch):
+    """Not only when the forward has ended in all layers: what they hold until then adds up."""
+    commit, held = LayerStore.commit, []
+
+    def watched(store, forward, drop=0):
+        commit(store, forward, drop)
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in store.tensors()
+        }
+        held.append(sum(storages.values()))
+        assert held[-1] <= store.ceiling()
+
+    monkeypatch.setattr(LayerStore, "commit", watched)
+    cache, ids = CompressedCache(long_model, recipe, "500tok"), tokens(1000)
+    long_model(ids[:, :900], past_key_values=cache)
+    for i in range(900, 970):
+        long_model(ids[:, i : i + 1], past_key_values=cache)
+    assert len(held) == 71 * len(cache.layers)
+    assert cache.stats().evicted
+
+
 @pytest.mark.parametrize("fmt", ["dense", "dense(unpaged=0)", "int4", "int4_channel"])
 def test_freed_memory_is_free(fmt):
     """Evict 90 %: what is left is the ideal plus the slack that the design names."""

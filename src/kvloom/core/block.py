@@ -143,7 +143,7 @@ class Block:
             return
         used = self._used(self.capacity)
         parts = [self._keys, self._values, *self._meta.values()]
-        self._flat = [x.flatten(0, 2).index_select(0, used) for x in parts]
+        self._flat, self.given_up = [x.flatten(0, 2).index_select(0, used) for x in parts], 0
         shape = self._keys.shape
         self._keys, self._values = (x.new_empty(*shape[:2], 0, x.shape[3]) for x in parts[:2])
         self._meta = {name: x[:, :, :0].clone() for name, x in self._meta.items()}

@@ -352,7 +352,8 @@ class LayerStore:
                 self._unrotated(block.keys, block, n), block.values, block.count, block.meta
             )
         self.pool.seal(block, pages, limit)
-        if not self.plan.format.in_place:  # what is sealed is no longer exact
+        # what is sealed is no longer exact; nothing can be taken back once some of it is gone
+        if not self.plan.format.in_place and int(self.since.min()) > 0:
             kept = self.tail.count - 1 if forward.in_tail else self.tail.count
             self.sealing = Sealing(forward.tokens, self.tail.shrunk(kept), pages * PAGE)
         self.counters.sealed += int(pages.sum()) * PAGE
