@@ -45,14 +45,14 @@ def newest(measured: list[Row], *names: str) -> list[Row]:
     return list({tuple(row[name] for name in names): row for row in measured}.values())
 
 
-def setting(measured: list[Row]) -> str:
+def setting(measured: list[Row], beside: str = "") -> str:
     clocks = {"wall": "", "cpu": ", seconds of work"}
     said = {
         f"{r['machine']}, {r['threads']} thread{'s'[: r['threads'] != '1']}{clocks[r.get('clock', 'wall')]}, torch {r['torch']}"
         for r in measured
     }
     commits = sorted({r["commit"] for r in measured})
-    return f"{'; '.join(sorted(said))}; kvloom {', '.join(commits)}:\n\n"
+    return f"{'; '.join(sorted(said))}; kvloom {', '.join(commits)}{beside}:\n\n"
 
 
 def settings(measured: list[Row]) -> list[list[Row]]:
@@ -126,11 +126,7 @@ def peer_line(row: Row) -> str:
 def peer_table(measured: list[Row]) -> str:
     lines = newest(measured, "machine", "tokens", "width", "cache")
     theirs = sorted({row["backend"] for row in lines if row["backend"].startswith("ggml")})
-    return (
-        setting(lines).replace(":\n", f"; {', '.join(theirs)}:\n", 1)
-        + PEER
-        + "".join(map(peer_line, lines))
-    )
+    return setting(lines, f"; {', '.join(theirs)}") + PEER + "".join(map(peer_line, lines))
 
 
 def filled(

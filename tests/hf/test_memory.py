@@ -31,6 +31,12 @@ def long_model():
     return LlamaForCausalLM(config).eval()
 
 
+def bytes_of(store: LayerStore) -> int:
+    """Of every storage, once."""
+    storages = (t.untyped_storage() for t in store.tensors())
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -44,11 +50,9 @@ def test_chunked_prefill_of_32k_tokens(recipe, long_model, monkeypatch):
     chunk, peaks, commit = 512, [], LayerStore.commit
 
     def watched(store, forward, drop=0):
-        held = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in store.tensors()
-        }
+        held = bytes_of(store)
         new = sum(t.untyped_storage().nbytes() for t in (forward.block.keys, forward.block.values))
-        peaks.append((sum(held.values()), new, store))
+        peaks.append((held, new, store))
         commit(store, forward, drop)
 
     monkeypatch.setattr(LayerStore, "commit", watched)
@@ -70,10 +74,7 @@ def test_a_layer_is_below_its_ceiling_as_soon_as_it_is_compressed(recipe, long_m
 
     def watched(store, forward, drop=0):
         commit(store, forward, drop)
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in store.tensors()
-        }
-        held.append(sum(storages.values()))
+        held.append(bytes_of(store))
         assert held[-1] <= store.ceiling()
 
     monkeypatch.setattr(LayerStore, "commit", watched)

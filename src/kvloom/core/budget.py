@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvloom.core.block import GRANULE
+from kvloom.core.block import GRANULE, granules
 from kvloom.core.format import PAGE
 
 _UNITS = {
@@ -147,7 +147,7 @@ class CellCost:
         return self.shrinks or n > self.unpaged
 
     def _exact_nbytes(self, n: int) -> int:
-        return -(-n // GRANULE) * GRANULE * self.exact_slot
+        return granules(n) * self.exact_slot
 
     def _cell_nbytes(self, n: int) -> int:
         """Tail and pages of a cell of `n` entries, where they split worst."""
@@ -162,8 +162,7 @@ class CellCost:
     def _split_nbytes(self, n: int, tail: int) -> float:
         if n < PAGE + self.residual and not self.shrinks:  # too few to fill a page
             return self._exact_nbytes(n)
-        slots = -(-tail // GRANULE) * GRANULE
-        return slots * self.exact_slot + self._pages(n - tail) * self.page
+        return granules(tail) * self.exact_slot + self._pages(n - tail) * self.page
 
     def _pages(self, n: int) -> float:
         """Pages of `n` sealed entries, and dead ones that wait for compaction."""
@@ -171,7 +170,7 @@ class CellCost:
 
     def _shared_nbytes(self, total: int, largest: int, cells: int) -> float:
         """Bytes of tails and pages when `cells` share `total` entries as they like."""
-        tail = -(-(PAGE + self.residual) // GRANULE) * GRANULE
+        tail = granules(PAGE + self.residual)
         pages = -(-total // PAGE) + cells * (1 + self.WAITING_PAGES)
         widest = -(-largest // PAGE) + self.WAITING_PAGES + self.IDLE_META_PAGES
         each = tail * self.exact_slot + widest * self.page_meta

@@ -116,11 +116,10 @@ def _without_oldest(store: LayerStore, pending: Block, n: Tensor) -> Block:
     """What is left without the oldest `n [B, H]`. The tail is only copied if that saves room; otherwise
     once, for many tokens, when it has none left.
     """
-    first = uniform(n)
-    if pending is not store.tail or pending.size is None or first is None:
-        return pending.span(n, pending.count - n)
-    if pending.allocated > granules(store.tail_room(pending.size - first)):
-        return pending.span(n, pending.count - n)
+    first, left = uniform(n), pending.count - n
+    fits = pending.allocated <= granules(store.tail_room(int(left.max())))
+    if pending is not store.tail or pending.size is None or first is None or not fits:
+        return pending.span(n, left)
     store.tail = pending.without_oldest(first)
     return store.tail
 
